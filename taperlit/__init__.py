@@ -1,0 +1,40 @@
+"""Train language models whose normalization layers are tapered away, then fold them.
+
+Names are imported when first used, so that ``import taperlit`` (and ``taperlit --help``) does not import torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+
+__version__ = version("taperlit")
+
+_HOMES = {
+    "AlignmentFreeze": "taperlit.callbacks",
+    "FoldOnEnd": "taperlit.callbacks",
+    "GateSchedule": "taperlit.callbacks",
+    "ScaleAnchor": "taperlit.callbacks",
+    "TaperMonitor": "taperlit.callbacks",
+    "TaperlitError": "taperlit.errors",
+    "Gate": "taperlit.norm",
+    "TaperLayerNorm": "taperlit.norm",
+    "TaperNorm": "taperlit.norm",
+    "TaperRMSNorm": "taperlit.norm",
+    "fold": "taperlit.fold",
+    "LanguageModel": "taperlit.module",
+    "TextDataModule": "taperlit.data",
+    "Transformer": "taperlit.transformer",
+    "TransformerConfig": "taperlit.transformer",
+    "load_model": "taperlit.checkpoint",
+    "taper": "taperlit.surgery",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'taperlit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,7 @@
+"""``python -m taperlit``."""
+
+import sys
+
+from taperlit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,22 @@
+"""Callbacks that taper, anchor, fold and watch; each works alone on anybody's LightningModule.
+
+Their order in the Trainer does not matter.
+"""
+
+from taperlit.callbacks.alignment import AlignmentFreeze
+from taperlit.callbacks.anchor import ScaleAnchor
+from taperlit.callbacks.fold import FoldOnEnd
+from taperlit.callbacks.gate import GateSchedule
+from taperlit.callbacks.monitor import TaperMonitor
+from taperlit.callbacks.progress import StepProgressBar
+from taperlit.callbacks.throughput import TokenThroughput
+
+__all__ = [
+    "AlignmentFreeze",
+    "FoldOnEnd",
+    "GateSchedule",
+    "ScaleAnchor",
+    "StepProgressBar",
+    "TaperMonitor",
+    "TokenThroughput",
+]

@@ -1,0 +1,137 @@
+"""The fixed-target scale loss on the pre-logit residual."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from taperlit.callbacks.partners import mean_over_ranks, named_module, resolve_boundary
+from taperlit.errors import TaperlitError
+
+
+class ScaleAnchor(L.Callback):
+    """Adds ``weight * mean((s(h) - target)^2)`` to the training loss (arXiv:2602.10408, section 4, "+aux").
+
+    ``h`` is the input of a named module (the final norm, or the head where there is none) and ``s(h)`` its root mean
+    square, or standard deviation for the LayerNorm kind, in float32. The target is the bias-corrected moving average
+    of the batch mean of ``s(h)`` over the warm-up; it is frozen, and the loss begins, at the boundary. The loss is
+    added to what ``training_step`` returns, so validation never contains it.
+
+    Example::
+
+        Trainer(callbacks=[GateSchedule(), AlignmentFreeze(), ScaleAnchor("model.final_norm")])
+
+    Args:
+        module: name of the module whose input is anchored.
+        weight: the paper's lambda.
+        ema_rate: rate of the moving average, per optimizer step.
+        kind: which ``s``; None is the module's own (``layernorm`` for a LayerNorm, else ``rmsnorm``).
+        at: freeze after this many steps (int) or fraction of ``max_steps`` (float); None is the end of the
+            GateSchedule's warm-up.
+
+    Raises:
+        TaperlitError: before the first step, if there is no such module or the boundary is unknown; in the first
+            step, if the module did not run.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        weight: float = 0.1,
+        ema_rate: float = 0.01,
+        kind: Literal["rmsnorm", "layernorm"] | None = None,
+        at: int | float | None = None,
+    ) -> None:
+        if weight < 0 or not 0 < ema_rate <= 1:
+            raise TaperlitError(f"ScaleAnchor needs weight >= 0 and 0 < ema_rate <= 1, not {weight} and {ema_rate}.")
+        self.module, self.weight, self.ema_rate, self.kind, self.at = module, weight, ema_rate, kind, at
+        self.target: Tensor | None = None
+        self._ema, self._updates = torch.zeros((), dtype=torch.float32), 0
+        self._boundary = 0
+        self._scales: list[Tensor] = []  # batch means of s(h) since the last optimizer step
+        self._penalties: list[Tensor] = []  # of the forward pass under way
+        self._undo: list[Callable[[], None]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the residual and wrap ``training_step``."""
+        module = named_module(pl_module, self.module, "ScaleAnchor")
+        self._boundary = resolve_boundary(trainer, self.at, "ScaleAnchor")
+        if self.kind is None:
+            self.kind = "layernorm" if isinstance(module, nn.LayerNorm) else "rmsnorm"
+        hook = module.register_forward_pre_hook(self._on_residual)
+        self._undo = [hook.remove, functools.partial(self._wrap(pl_module), pl_module)]
+
+    def _wrap(self, pl_module: L.LightningModule) -> Callable[[L.LightningModule], None]:
+        original = pl_module.training_step
+
+        @functools.wraps(original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self._penalties.clear()
+            output = original(*args, **kwargs)
+            return self._add_penalty(pl_module, output)
+
+        pl_module.training_step = training_step
+        return lambda module: module.__dict__.pop("training_step", None)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the model back as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def scale(self, h: Tensor, eps: float) -> Tensor:
+        """``s(h)`` of (..., d_model): (...) float32."""
+        h = h.float()
+        if self.kind == "layernorm":
+            h = h - h.mean(-1, keepdim=True)
+        return (h.square().mean(-1) + eps).sqrt()
+
+    def _on_residual(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        eps = getattr(module, "eps", None)
+        s = self.scale(args[0], torch.finfo(torch.float32).eps if eps is None else eps)
+        if self.target is None:
+            self._scales.append(s.detach().mean())
+        else:
+            self._penalties.append((s - self.target.to(s.device)).square().mean())
+
+    def _add_penalty(self, pl_module: L.LightningModule, output: Any) -> Any:
+        if self.target is None:
+            if not self._scales:
+                raise TaperlitError(f"ScaleAnchor's module {self.module!r} did not run in training_step; name another.")
+            return output
+        if output is None:
+            return None
+        penalty = torch.stack(self._penalties).mean()
+        pl_module.log("train/scale_loss", penalty.detach())
+        if isinstance(output, Tensor):
+            return output + self.weight * penalty
+        return {**output, "loss": output["loss"] + self.weight * penalty}
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Freeze the target, once the warm-up's last step is done."""
+        if self.target is None and trainer.global_step >= self._boundary:
+            if not self._updates:
+                raise TaperlitError("ScaleAnchor has no statistics at its boundary; start it with the run.")
+            self.target = self._ema / (1 - (1 - self.ema_rate) ** self._updates)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Update the moving average from this step's batches, over all ranks."""
+        if self.target is None and self._scales:
+            batch = mean_over_ranks(trainer, torch.stack(self._scales).mean())
+            self._ema = self._ema.to(batch.device).lerp(batch, self.ema_rate)
+            self._updates += 1
+            self._scales.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moving average and the target."""
+        return {"ema": self._ema, "updates": self._updates, "target": self.target}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self._ema, self._updates, self.target = state_dict["ema"], state_dict["updates"], state_dict["target"]

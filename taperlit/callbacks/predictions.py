@@ -1,0 +1,52 @@
+"""Write what ``predict`` computes to a file, batch by batch."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes a JSON line a block: its mean ``loss`` and the ``logprobs`` of its tokens, in the split's order.
+
+    Each rank writes a file of its own; the file takes its name when it is whole.
+
+    Args:
+        path: of the file; None is ``predictions.jsonl`` in the logger's directory. Ranks above 0 append theirs.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(write_interval="batch")
+        self.path = path
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the file aside."""
+        path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
+        self._target = path.with_name(path.name + f".{trainer.global_rank}") if trainer.global_rank else path
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(f"{self._target}.partial", "w")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Tensor,
+        batch_indices: Sequence[int] | None,
+        batch: Tensor,
+        *_: Any,
+    ) -> None:
+        """Add the batch's blocks; padding is left out."""
+        for logprobs, block in zip(prediction.tolist(), batch[:, 1:].tolist(), strict=True):
+            counted = [value for value, token in zip(logprobs, block, strict=True) if token != -100]
+            if counted:
+                self._file.write(json.dumps({"loss": -sum(counted) / len(counted), "logprobs": counted}) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give it its name."""
+        self._file.close()
+        Path(self._file.name).replace(self._target)
+        print(f"wrote {self._target}")

@@ -1,0 +1,234 @@
+"""What the commands do: LightningCLI for those that need a Trainer, jsonargparse for the others."""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import lightning as L
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from tokenizers import Tokenizer
+
+from taperlit.callbacks import StepProgressBar, TokenThroughput
+from taperlit.callbacks.checkpoint import RunCheckpoint
+from taperlit.callbacks.fold import TOLERANCE
+from taperlit.callbacks.predictions import PredictionWriter
+from taperlit.checkpoint import load_checkpoint, load_model, read_checkpoint, write_folded
+from taperlit.cli import TRAINER_COMMANDS
+from taperlit.data import TextDataModule
+from taperlit.data.tokenizer import end_of_text_id
+from taperlit.errors import TaperlitError
+from taperlit.fold import check_gate, fold, largest_difference
+from taperlit.generate import stream_text
+from taperlit.module import LanguageModel
+from taperlit.transformer import Affine
+
+# The callbacks that overlays swap by name. A list, as in trainer.callbacks, could only be replaced whole.
+SLOTS = {
+    "gate": "moves the gate (GateSchedule)",
+    "alignment": "freezes the alignment scalars (AlignmentFreeze)",
+    "anchor": "adds the scale loss (ScaleAnchor)",
+    "fold": "writes the folded model at the end (FoldOnEnd)",
+    "monitor": "logs the taper's traces (TaperMonitor)",
+}
+MONITOR = {
+    "class_path": "taperlit.callbacks.TaperMonitor",
+    "init_args": {"residual": "model.final_norm", "logits": "model.head"},
+}
+
+
+class _OneLineErrors:
+    """A wrong option is told in one line, with exit status 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"taperlit: error: {' '.join(message.split())} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+class _TrainerParser(_OneLineErrors, LightningArgumentParser):
+    pass
+
+
+class _Parser(_OneLineErrors, ArgumentParser):
+    pass
+
+
+class RunRecord(SaveConfigCallback):
+    """Saves the exact config and the tokenizer beside the run's logs."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write ``tokenizer.json``; ``config.yaml`` is Lightning's part."""
+        directory = Path(trainer.log_dir or trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        if trainer.datamodule.tokenizer_json is not None:
+            (directory / "tokenizer.json").write_text(trainer.datamodule.tokenizer_json)
+
+
+class TaperlitCLI(LightningCLI):
+    """LightningCLI over ``LanguageModel`` and ``TextDataModule`` with the taper's callbacks in named slots."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--taper.<slot>``."""
+        for slot, purpose in SLOTS.items():
+            default = MONITOR if slot == "monitor" else None
+            parser.add_argument(f"--taper.{slot}", type=L.Callback | None, default=default, help=f"{purpose}; or null")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})  # nothing in a checkpoint of ours needs code to be read
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's hyper-parameters from the checkpoint, once it is known to be one."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and Path(path).name not in ("last", "best", "hpc"):
+            read_checkpoint(path)
+        super()._parse_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add the slots' callbacks, and the ones every run has unless it names its own."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = list(config["callbacks"] or []) if not isinstance(config["callbacks"], L.Callback) else []
+        if isinstance(config["callbacks"], L.Callback):
+            callbacks = [config["callbacks"]]
+        callbacks += [callback for callback in vars(self._get(self.config_init, "taper")).values() if callback]
+
+        def missing(kind: type[L.Callback]) -> bool:
+            return not any(isinstance(callback, kind) for callback in callbacks)
+
+        if missing(ProgressBar) and config["enable_progress_bar"] is not False:
+            callbacks.append(StepProgressBar())
+        if self.subcommand == "predict" and missing(PredictionWriter):
+            callbacks.append(PredictionWriter())
+        if self.subcommand == "fit" and missing(TokenThroughput):
+            callbacks.append(TokenThroughput())
+        if missing(ModelCheckpoint) and config["enable_checkpointing"] is not False:
+            callbacks.append(RunCheckpoint())
+        config["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run one command with its arguments.
+
+    Raises:
+        TaperlitError: whatever the user can mend.
+    """
+    torch.set_float32_matmul_precision("high")
+    if command not in TRAINER_COMMANDS:
+        function = {"fold": fold_checkpoint, "generate": generate}[command]
+        parser = _Parser(prog=f"taperlit {command}", description=function.__doc__.splitlines()[0])
+        parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options")
+        parser.add_function_arguments(function)
+        options = parser.parse_args(args)
+        options.pop("config", None)
+        function(**options)
+        return
+    sys.argv = ["taperlit", command, *args]  # where LightningCLI looks
+    try:
+        TaperlitCLI(
+            LanguageModel,
+            TextDataModule,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=_TrainerParser,
+        )
+    except (MisconfigurationException, FileNotFoundError) as error:
+        raise TaperlitError(" ".join(str(error).split())) from error
+
+
+@torch.no_grad()
+def fold_checkpoint(
+    ckpt: str, out: str | None = None, force: bool = False, tied: Literal["untie", "scale"] = "untie"
+) -> None:
+    """Fold a checkpoint whose gate is 0 into a model without those norms.
+
+    Folded and unfolded are compared in float32 on blocks of the run's validation text before anything is written.
+
+    Args:
+        ckpt: a checkpoint of ``taperlit fit``.
+        out: directory to write; by default ``<checkpoint's name>-folded`` beside the checkpoint.
+        force: replace ``out`` if it exists.
+        tied: for an All-Taper model whose head shares the embedding's matrix: give the head its own, or keep the final
+            norm's linear map as an explicit scale.
+
+    Raises:
+        TaperlitError: an unusable checkpoint, a gate that is not 0, a difference above 1e-3, or ``out`` exists.
+    """
+    directory = Path(out) if out is not None else Path(ckpt).with_name(f"{Path(ckpt).stem}-folded")
+    if directory.exists() and not force:
+        raise TaperlitError(f"{directory} exists; name another --out or pass --force.")
+    loaded = load_checkpoint(ckpt)
+    if loaded.model.config.taper == "none":
+        raise TaperlitError(f"{ckpt} has no tapered norms (model.taper is none), so there is nothing to fold.")
+    check_gate(loaded.model)
+    if loaded.sample is None:
+        raise TaperlitError(f"{ckpt} holds no validation blocks to check the folding on; it was not made by this fit.")
+    dtype = loaded.model.head.weight.dtype
+    model = loaded.model.float()
+    folded = copy.deepcopy(model)
+    tokens = loaded.sample[:, :-1].long()
+    report = fold(folded, lambda: folded(tokens[:1, :8]), tied=tied, affine=Affine)
+    difference = largest_difference(model(tokens), folded(tokens))
+    print(f"largest difference, folded against unfolded, on {tokens.numel()} validation tokens: {difference:.2e}")
+    if not difference <= TOLERANCE:
+        raise TaperlitError(f"Folding changed the logits by {difference:.1e} (relative), more than {TOLERANCE:.0e}.")
+    lines = [str(norm) for norm in report]
+    write_folded(directory, folded.to(dtype), lines, loaded.tokenizer_json, force)
+    gone = [norm for norm in report if not norm.scale]
+    print(f"removed {len(gone)} norms with {sum(norm.parameters for norm in gone)} parameters:")
+    print("\n".join(f"  {line}" for line in lines))
+    print(f"wrote {directory}")
+
+
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt with a folded model or a checkpoint, printing as it goes.
+
+    Args:
+        model: a directory that ``taperlit fold`` wrote, or a checkpoint.
+        prompt: text to continue.
+        max_new_tokens: stop after this many tokens, or at the end of the text or of the model's context.
+        temperature: 0 takes the likeliest token.
+        top_k: draw from this many of the likeliest.
+        top_p: draw from the likeliest that together reach this probability.
+        seed: of the draws.
+
+    Raises:
+        TaperlitError: an unusable model, one without a tokenizer, or an empty prompt.
+    """
+    loaded = load_model(model)
+    if loaded.tokenizer_json is None:
+        raise TaperlitError(f"{model} has no tokenizer; fold a checkpoint that was trained with text data.")
+    tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pieces = stream_text(
+        loaded.model.to(device),
+        tokenizer,
+        prompt,
+        max_new_tokens,
+        stop=end_of_text_id(tokenizer),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,255 @@
+"""The DataModule: text to blocks, cached on disk, in an order that a checkpoint can return to."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from tokenizers import Tokenizer
+
+from taperlit.data.loader import BlockSampler, ResumableLoader
+from taperlit.data.sources import Piece, describe_files, expand_globs, python_files, read_files, read_hub
+from taperlit.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from taperlit.data.tokens import SPLITS, TokenBlocks, split_of, write_tokens
+from taperlit.errors import TaperlitError
+from taperlit.files import write_directory
+
+CACHE_FORMAT = 1
+
+
+def default_cache() -> Path:
+    """``$TAPERLIT_CACHE``, or ``taperlit`` in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("TAPERLIT_CACHE") or f"{base}/taperlit").expanduser()
+
+
+class TextDataModule(L.LightningDataModule):
+    """Documents from local files, the hub or (the default) Python's standard library, as packed blocks of tokens.
+
+    ``files`` wins over ``hub``. A document goes to the validation split by its hash. The tokens are made once and
+    cached under a key of everything they depend on; they are memory-mapped, so the corpus may exceed memory. A hub data
+    set that is streamed leaves only its tokens on disk.
+
+    Args:
+        files: globs of local files: ``.jsonl`` (also ``.zst``, ``.gz``) and ``.parquet`` hold a document a row, any other
+            file is a document.
+        hub: name of a data set on the hub.
+        hub_config: its configuration.
+        hub_split: its split to read.
+        streaming: read it as a stream, and do not download it first.
+        text_column: the column of a row that is the text.
+        python_packages: with no ``files`` and no ``hub``: the installed packages' source too.
+        tokenizer: a ``tokenizer.json`` or a name on the hub; None trains one.
+        vocab_size: of a trained tokenizer.
+        tokenizer_bytes: training text it sees, in bytes.
+        block_size: tokens predicted a block.
+        batch_size: blocks a batch, on one device.
+        val_fraction: share of the documents held out for ``validate``, ``test`` and ``predict``.
+        max_documents: read no more than these.
+        max_tokens: stop reading after about this many.
+        seed: of the training order.
+        num_workers: processes that read blocks.
+        cache_dir: where tokens are cached; None is :func:`default_cache`.
+
+    Raises:
+        TaperlitError: an argument out of its range; in ``prepare_data``, no documents, or files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        files: str | list[str] | None = None,
+        hub: str | None = None,
+        hub_config: str | None = None,
+        hub_split: str = "train",
+        streaming: bool = True,
+        text_column: str = "text",
+        python_packages: bool = False,
+        tokenizer: str | None = None,
+        vocab_size: int = 4096,
+        tokenizer_bytes: int = 1 << 26,
+        block_size: int = 512,
+        batch_size: int = 16,
+        val_fraction: float = 0.01,
+        max_documents: int | None = None,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("block_size", block_size), ("batch_size", batch_size), ("tokenizer_bytes", tokenizer_bytes)):
+            if value < 1:
+                raise TaperlitError(f"data.{name} must be at least 1, not {value}.")
+        if not 0 < val_fraction < 1:
+            raise TaperlitError(f"data.val_fraction must be between 0 and 1, not {val_fraction}.")
+        if seed < 0:
+            raise TaperlitError(f"data.seed must not be negative, not {seed}.")
+        self.save_hyperparameters(logger=False)
+        self.block_size = block_size
+        self.tokenizer_json: str | None = None
+        self._blocks: dict[str, TokenBlocks] = {}
+        self._meta: dict[str, Any] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the tokenizer, once ``setup`` has run."""
+        return self.tokenizer.get_vocab_size()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, once ``setup`` has run."""
+        return Tokenizer.from_str(self.tokenizer_json)
+
+    def _files(self) -> list[str]:
+        if self.hparams.files is not None:
+            return expand_globs(self.hparams.files)
+        return python_files(self.hparams.python_packages)
+
+    def _documents(self) -> Iterator[Piece]:
+        h = self.hparams
+        if h.files is None and h.hub is not None:
+            pieces = read_hub(h.hub, h.hub_config, h.hub_split, h.streaming, h.text_column)
+        else:
+            pieces = read_files(self._files(), h.text_column)
+        documents = 0
+        for piece in pieces:
+            if h.max_documents is not None and documents >= h.max_documents:
+                return
+            yield piece
+            documents += piece.last
+
+    def _training_text(self) -> Iterator[str]:
+        size = 0
+        for piece in self._documents():
+            if split_of(piece.document, self.hparams.val_fraction) == "train":
+                yield piece.text
+                size += len(piece.text.encode())
+                if size >= self.hparams.tokenizer_bytes:
+                    return
+
+    def cache_path(self) -> Path:
+        """Where the tokens of this source, tokenizer and split are, or will be."""
+        h = self.hparams
+        if h.files is None and h.hub is not None:
+            source: Any = [h.hub, h.hub_config, h.hub_split, h.text_column]
+        else:
+            source = [describe_files(self._files()), h.text_column]
+        if h.tokenizer is None:
+            tokenizer: Any = [h.vocab_size, h.tokenizer_bytes]
+        else:
+            tokenizer = fingerprint(load_tokenizer(h.tokenizer).to_str())
+        key = json.dumps([CACHE_FORMAT, source, tokenizer, h.val_fraction, h.max_documents, h.max_tokens])
+        root = default_cache() if h.cache_dir is None else Path(h.cache_dir).expanduser()
+        return root / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+    def prepare_data(self) -> None:
+        """Train or load the tokenizer and write the tokens, unless they are cached."""
+        path = self.cache_path()
+        if not path.exists():
+            write_directory(path, self._fill)
+
+    def _fill(self, directory: Path) -> None:
+        h = self.hparams
+        if next(self._training_text(), None) is None:
+            raise TaperlitError(f"{self._source_name()}: no documents to train on; every one is empty or held out.")
+        if h.tokenizer is None:
+            tokenizer = train_tokenizer(self._training_text(), h.vocab_size)
+        else:
+            tokenizer = load_tokenizer(h.tokenizer)
+        (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
+        write_tokens(directory, self._documents(), tokenizer, h.val_fraction, h.max_tokens)
+
+    def _source_name(self) -> str:
+        h = self.hparams
+        return f"data.files {h.files}" if h.files is not None else f"data.hub {h.hub}" if h.hub else "Python's source"
+
+    def setup(self, stage: str) -> None:
+        """Map the tokens.
+
+        Raises:
+            TaperlitError: a damaged cache, or too few tokens for one batch of either split.
+        """
+        path = self.cache_path()
+        try:
+            self._meta = json.loads((path / "meta.json").read_text())
+            self.tokenizer_json = (path / "tokenizer.json").read_text()
+            for split in SPLITS:
+                self._blocks[split] = TokenBlocks(path / f"{split}.bin", self._meta["dtype"], self.block_size)
+                if len(self._blocks[split].tokens) != self._meta["tokens"][split]:
+                    raise ValueError(f"{split}.bin is truncated")
+        except (OSError, ValueError, KeyError) as error:
+            raise TaperlitError(f"The token cache {path} is damaged ({error}); delete it.") from error
+        if not len(self._blocks["val"]):
+            raise TaperlitError(
+                f"The validation split has {self._meta['tokens']['val']} tokens, less than one block of "
+                f"{self.block_size}; raise data.val_fraction, lower data.block_size or add text."
+            )
+        world_size = self.trainer.world_size if self.trainer else 1
+        if stage == "fit" and len(self._blocks["train"]) < self.hparams.batch_size * world_size:
+            raise TaperlitError(
+                f"The training split has {len(self._blocks['train'])} blocks of {self.block_size} tokens, less than one "
+                f"batch of {self.hparams.batch_size * world_size}; lower data.batch_size or add text."
+            )
+
+    def _loader(self, split: str, train: bool) -> ResumableLoader:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        blocks = self._blocks[split]
+        sampler = BlockSampler(blocks, self.hparams.batch_size, rank, world_size, self.hparams.seed, train)
+        return ResumableLoader(
+            blocks,
+            sampler,
+            num_workers=self.hparams.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.hparams.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Training blocks, shuffled."""
+        return self._loader("train", train=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Held-out blocks, each once."""
+        return self._loader("val", train=False)
+
+    def test_dataloader(self) -> ResumableLoader:
+        """The same held-out blocks."""
+        return self._loader("val", train=False)
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """The same held-out blocks."""
+        return self._loader("val", train=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to be used alone (tokenizer, a few held-out blocks), and to be resumed rightly."""
+        blocks = self._blocks["val"]
+        return {
+            "tokenizer": self.tokenizer_json,
+            "corpus": self._meta["corpus"],
+            "seed": self.hparams.seed,
+            "sample": torch.stack([blocks[i] for i in itertools.islice(range(len(blocks)), 4)]).int(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the checkpoint goes with this data.
+
+        Raises:
+            TaperlitError: another tokenizer; or, to go on training, another corpus or seed.
+        """
+        mine, theirs = fingerprint(self.tokenizer_json), fingerprint(state_dict["tokenizer"])
+        if mine != theirs:
+            raise TaperlitError(
+                f"The checkpoint's tokenizer ({theirs[:12]}) is not the data's ({mine[:12]}); set data.tokenizer to the "
+                "tokenizer.json beside the checkpoint's run."
+            )
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if state_dict["corpus"] != self._meta["corpus"]:
+            raise TaperlitError("The checkpoint's run had other training data; resume it with the same data options.")
+        if state_dict["seed"] != self.hparams.seed:
+            raise TaperlitError(f"The checkpoint's run had data.seed {state_dict['seed']}; resume it with that seed.")

@@ -1,0 +1,172 @@
+"""The LightningModule: next-token loss, optimizer, learning rate, and what is logged."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import measure_flops
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from taperlit.checkpoint import config_from_hparams
+from taperlit.errors import TaperlitError
+from taperlit.schedule import resolve_steps, warmup_cosine
+from taperlit.transformer import Taper, Transformer, TransformerOverrides
+
+
+class Perplexity(MeanMetric):
+    """Exponential of the token-weighted mean loss."""
+
+    def compute(self) -> Tensor:
+        """The perplexity over all tokens of all ranks."""
+        return super().compute().exp()
+
+
+class LanguageModel(L.LightningModule):
+    """A transformer trained to predict the next token.
+
+    Batches are (B, T + 1) int64 token blocks; a token of -100 is not predicted (padding of a last, ragged batch).
+
+    Args:
+        preset: name of a model shape, see ``taperlit.transformer.PRESETS``.
+        taper: which norms are TaperNorms: none, internal or all.
+        overrides: fields of the preset to change.
+        lr: peak learning rate.
+        betas: of AdamW.
+        weight_decay: of AdamW; norms, biases and embeddings get none.
+        warmup: linear warm-up, in steps (int) or as a fraction of ``trainer.max_steps`` (float).
+        min_lr_ratio: the cosine ends at this fraction of ``lr``.
+        chunk_tokens: tokens whose logits are held at once.
+        compile: compile each block with ``torch.compile``.
+
+    Raises:
+        TaperlitError: no such preset or override, or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        preset: str,
+        taper: Taper = "none",
+        overrides: TransformerOverrides | None = None,
+        lr: float = 6e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        warmup: int | float = 0.05,
+        min_lr_ratio: float = 0.1,
+        chunk_tokens: int = 4096,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.config = config_from_hparams(preset, taper, overrides)
+        self.model: Transformer | None = None
+        self.val_loss, self.val_perplexity = MeanMetric("disable"), Perplexity("disable")
+        self.test_loss, self.test_perplexity = MeanMetric("disable"), Perplexity("disable")
+        self.example_input_array = torch.zeros(1, min(8, self.config.block_size), dtype=torch.int64)
+
+    def configure_model(self) -> None:
+        """Build the transformer, where and as the strategy asks (on the meta device for sharded ones)."""
+        if self.model is not None:
+            return
+        self.model = Transformer(self.config)
+        if self.hparams.compile:
+            for block in self.model.blocks:  # alike, so they share one graph a phase
+                block.compile()
+
+    def setup(self, stage: str) -> None:
+        """Check that data and model belong together.
+
+        Raises:
+            TaperlitError: the tokenizer or the blocks are larger than the model.
+        """
+        data = self.trainer.datamodule
+        vocab_size, block_size = getattr(data, "vocab_size", 0), getattr(data, "block_size", 0)
+        if vocab_size > self.config.vocab_size:
+            raise TaperlitError(
+                f"The tokenizer has {vocab_size} tokens and the model {self.config.vocab_size}; "
+                f"set model.overrides.vocab_size to {vocab_size}."
+            )
+        if block_size > self.config.block_size:
+            raise TaperlitError(
+                f"data.block_size {block_size} is more than the model's context {self.config.block_size}; "
+                f"set model.overrides.block_size to {block_size}."
+            )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, vocab_size) logits."""
+        return self.model(tokens)
+
+    def loss(self, batch: Tensor) -> tuple[Tensor, int]:
+        """Mean next-token cross-entropy of (B, T + 1) blocks, and how many targets it is over."""
+        targets = batch[:, 1:]
+        loss = self.model(batch[:, :-1].clamp(min=0), targets, chunk_tokens=self.hparams.chunk_tokens)
+        return loss, (targets != -100).sum()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        loss, _ = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Add one batch to val/loss and val/perplexity."""
+        self._evaluate(batch, "val", self.val_loss, self.val_perplexity)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Add one batch to test/loss and test/perplexity."""
+        self._evaluate(batch, "test", self.test_loss, self.test_perplexity)
+
+    def _evaluate(self, batch: Tensor, split: str, *metrics: MeanMetric) -> None:
+        loss, weight = self.loss(batch)
+        for name, metric in zip(("loss", "perplexity"), metrics, strict=True):
+            metric.update(loss, weight)
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """(B, T) float32 log-probabilities of each block's tokens, given those before them; 0 where none counts."""
+        logits = self.model(batch[:, :-1].clamp(min=0)).float()
+        targets = batch[:, 1:]
+        return -nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm, before clipping, and the learning rate."""
+        if self.trainer._logger_connector.should_update_logs:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW (fused on CUDA) with linear warm-up, then cosine, over ``trainer.max_steps``.
+
+        Raises:
+            TaperlitError: ``trainer.max_steps`` is not set.
+        """
+        # Not estimated_stepping_batches: reading it here makes Lightning forget the data's position on resume.
+        total = self.trainer.max_steps
+        warmup = resolve_steps(self.hparams.warmup, total, "model.warmup")
+        if total < 1:
+            raise TaperlitError("Set trainer.max_steps: the learning rate's cosine ends there.")
+        embeddings = {p for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        decay = [p for p in parameters if p.ndim >= 2 and p not in embeddings]
+        keep = [p for p in parameters if p.ndim < 2 or p in embeddings]
+        # A fused step unscales by itself, which Lightning cannot clip; only float16 has a scale.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": self.hparams.weight_decay}, {"params": keep, "weight_decay": 0.0}],
+            lr=self.hparams.lr,
+            betas=tuple(self.hparams.betas),
+            fused=fused,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, warmup, total, self.hparams.min_lr_ratio)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def flops_per_token(self, block_size: int) -> float:
+        """Model FLOPs of training on one token in a block of this length (forward and backward, no recomputation)."""
+        with torch.device("meta"):
+            model = Transformer(self.config)
+            tokens = torch.zeros(1, block_size, dtype=torch.int64)
+            return measure_flops(model, lambda: model(tokens), torch.sum) / block_size

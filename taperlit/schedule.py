@@ -1,0 +1,49 @@
+"""Steps and fractions of a run, and the two curves over them: the gate's and the learning rate's."""
+
+import math
+
+from taperlit.errors import TaperlitError
+
+
+def resolve_steps(value: int | float, max_steps: int, name: str) -> int:
+    """A boundary given as steps (int) or as a fraction of the run (float), in optimizer steps.
+
+    Raises:
+        TaperlitError: negative, a fraction above 1, a fraction of a run without ``max_steps``, or beyond the run.
+    """
+    if isinstance(value, float):
+        if not 0.0 <= value <= 1.0:
+            raise TaperlitError(f"{name} is {value}: a fraction of the run must be between 0 and 1 (steps are integers).")
+        if max_steps < 1:
+            raise TaperlitError(f"{name} is a fraction of the run: set trainer.max_steps, or give {name} in steps.")
+        return round(value * max_steps)
+    if value < 0:
+        raise TaperlitError(f"{name} is {value}; it cannot be negative.")
+    if 0 < max_steps < value:
+        raise TaperlitError(f"{name} is {value} steps, longer than the run's {max_steps} (trainer.max_steps).")
+    return value
+
+
+def gate_at(step: int, warmup: int, end: int, shape: str = "cosine") -> float:
+    """The gate during optimizer step ``step`` (the first is 1): 1 to ``warmup``, 0 from ``end``.
+
+    Args:
+        step: counts from 1.
+        warmup: last step at 1 (the paper's k_w).
+        end: first step at 0 (its k_t).
+        shape: ``cosine``, as in the paper, or ``linear``.
+    """
+    if step <= warmup:
+        return 1.0
+    if step >= end:
+        return 0.0
+    progress = (step - warmup) / (end - warmup)
+    return 1.0 - progress if shape == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
+    """Learning-rate factor after ``step`` finished steps: up linearly to 1, then along a cosine to ``floor``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2

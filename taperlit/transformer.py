@@ -1,0 +1,405 @@
+"""A decoder-only pre-norm transformer in one file: GPT-2, the Llama family, and the paper's small models.
+
+Shapes: B batch, T new tokens, S cache length, H query heads, K key/value heads, D head width.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal, TypedDict, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taperlit.errors import TaperlitError
+from taperlit.loss import chunked_cross_entropy
+from taperlit.norm import Float32State, Gate, TaperLayerNorm, TaperRMSNorm, tapered_norms
+
+Taper = Literal["none", "internal", "all"]
+
+
+@dataclass
+class TransformerConfig:
+    """The shape of a transformer.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        block_size: longest context, in tokens.
+        n_layer: blocks.
+        n_head: query heads.
+        n_kv_head: key/value heads (grouped-query attention); None is ``n_head``.
+        d_model: width of the residual stream.
+        d_ff: inner width of the MLP; None is 4 ``d_model`` (gelu) or 8/3 of it, rounded up to 64 (swiglu).
+        norm: kind of every norm.
+        norm_eps: its epsilon.
+        position: rotary or learned absolute positions.
+        rope_theta: base of the rotary frequencies.
+        mlp: SwiGLU or GELU (tanh approximation, as in GPT-2).
+        bias: biases in the linear maps of the blocks.
+        tied: the head shares the embedding's matrix.
+        taper: which norms are TaperNorms: none, the blocks' (Internal-Taper) or also the final one (All-Taper).
+        ema_rate: rate of the alignment EMAs, per optimizer step; about the last ``1 / ema_rate`` warm-up steps count.
+        folded: the tapered norms are folded away: no such module is built. Set by ``fold``, not by hand.
+        final_scale: folded with an explicit affine map in place of the final norm (tied heads). Set by ``fold``.
+    """
+
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None
+    d_model: int = 768
+    d_ff: int | None = None
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    position: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10000.0
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    bias: bool = False
+    tied: bool = False
+    taper: Taper = "none"
+    ema_rate: float = 0.01
+    folded: bool = False
+    final_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.d_ff is None:
+            self.d_ff = 4 * self.d_model if self.mlp == "gelu" else 64 * math.ceil(8 * self.d_model / 3 / 64)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff"):
+            if getattr(self, name) < 1:
+                raise TaperlitError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.d_model % self.n_head:
+            raise TaperlitError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}.")
+        if self.n_head % self.n_kv_head:
+            raise TaperlitError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
+        if self.position == "rope" and self.d_head % 2:
+            raise TaperlitError(f"Rotary positions need an even head width, not {self.d_head}.")
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_head
+
+    @property
+    def input_bias(self) -> bool:
+        """Whether q, k, v and the MLP's inputs have biases: folding a LayerNorm gives them one."""
+        return self.bias or (self.folded and self.taper != "none" and self.norm == "layernorm")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "TransformerConfig":
+        """The named entry of ``PRESETS`` with some fields changed.
+
+        Raises:
+            TaperlitError: no preset or field of that name.
+        """
+        if name not in PRESETS:
+            raise TaperlitError(f"No preset {name!r}; choose from {', '.join(PRESETS)}.")
+        unknown = overrides.keys() - cls.__dataclass_fields__.keys()
+        if unknown:
+            raise TaperlitError(f"No model option {min(unknown)!r}; choose from {', '.join(cls.__dataclass_fields__)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+TransformerOverrides = TypedDict(
+    "TransformerOverrides",
+    {
+        name: hint
+        for name, hint in get_type_hints(TransformerConfig).items()
+        if name not in ("taper", "folded", "final_scale")
+    },
+    total=False,
+)
+"""The fields of ``TransformerConfig`` that a run may change in its preset."""
+
+_GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tied=True)
+_LLAMA = dict(norm="rmsnorm", position="rope", mlp="swiglu", bias=False, vocab_size=32000, block_size=4096)
+_LLAMA3 = {**_LLAMA, "vocab_size": 128256, "block_size": 8192, "rope_theta": 500000.0}
+# The paper's small models: 8 layers, context 512, 10k vocabulary. It gives no widths; ours meet the sizes in the names
+# with tied embeddings counted once and heads of 16 to 64.
+_SMALL = {**_LLAMA, "vocab_size": 10000, "block_size": 512, "n_layer": 8, "tied": True}
+
+PRESETS: dict[str, dict] = {
+    "gpt2_124m": _GPT2,
+    "gpt2_350m": dict(_GPT2, n_layer=24, n_head=16, d_model=1024),
+    "gpt2_774m": dict(_GPT2, n_layer=36, n_head=20, d_model=1280),
+    "gpt2_1558m": dict(_GPT2, n_layer=48, n_head=25, d_model=1600),
+    "llama_350m": dict(_LLAMA, n_layer=24, n_head=16, d_model=1024, vocab_size=50304, block_size=2048, tied=True),
+    "llama2_7b": dict(_LLAMA, n_layer=32, n_head=32, d_model=4096, d_ff=11008),
+    "llama3_1b": dict(_LLAMA3, n_layer=16, n_head=32, n_kv_head=8, d_model=2048, d_ff=8192, tied=True),
+    "llama3_8b": dict(_LLAMA3, n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336),
+    "small_1m": dict(_SMALL, n_head=4, d_model=64, d_ff=192),
+    "small_3m": dict(_SMALL, n_head=4, d_model=128, d_ff=384),
+    "small_9m": dict(_SMALL, n_head=4, d_model=256, d_ff=640),
+    "small_30m": dict(_SMALL, n_head=8, d_model=512, d_ff=1344),
+}
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that initializes to a normal of a given spread, also when built on the meta device."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = False, std: float = 0.02) -> None:
+        self.std = std  # before torch's constructor, which calls reset_parameters
+        super().__init__(d_in, d_out, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Normal weights, zero biases."""
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` with GPT-2's initial spread."""
+
+    def reset_parameters(self) -> None:
+        """Normal weights."""
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Affine(nn.Module):
+    """The linear map of a tapered final norm, kept explicit where it cannot be folded: no statistic, no root."""
+
+    def __init__(self, d_model: int, centred: bool) -> None:
+        super().__init__()
+        self.centred = centred
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if centred else None
+
+    def reset_parameters(self) -> None:
+        """The identity (but for the centring)."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_model) to the same shape."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        y = x * self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class Rope(Float32State):
+    """Rotary position embedding (arXiv:2104.09864), in Llama's half-split layout; tables stay float32."""
+
+    float32_state = ("cos", "sin")
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("cos", torch.empty(config.block_size, config.d_head), persistent=False)
+        self.register_buffer("sin", torch.empty(config.block_size, config.d_head), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the tables."""
+        half = torch.arange(0, self.config.d_head, 2, dtype=torch.float32, device=self.cos.device)
+        frequency = self.config.rope_theta ** (-half / self.config.d_head)
+        position = torch.arange(self.config.block_size, dtype=torch.float32, device=self.cos.device)
+        angle = torch.outer(position, frequency).repeat(1, 2)  # (block_size, D)
+        self.cos.copy_(angle.cos())
+        self.sin.copy_(angle.sin())
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Rotate ``x`` (B, H, T, D) by its positions (T,)."""
+        cos, sin = self.cos[position].to(x.dtype), self.sin[position].to(x.dtype)
+        left, right = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class KVCache(nn.Module):
+    """Keys and values of every layer in fixed storage, so that a decode step has one shape.
+
+    Args:
+        config: of the model.
+        batch_size: sequences decoded together.
+        length: most tokens, prompt included; None is ``config.block_size``.
+        device: where it lives.
+        dtype: of the keys and values.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        batch_size: int,
+        length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        length = config.block_size if length is None else length
+        shape = (config.n_layer, batch_size, config.n_kv_head, length, config.d_head)
+        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+
+    @property
+    def length(self) -> int:
+        """Most tokens it holds."""
+        return self.k.shape[3]
+
+    def update(self, layer: int, position: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, K, T, D) keys and values at ``position`` (T,); return the layer's whole (B, K, S, D) storage."""
+        self.k[layer].index_copy_(2, position, k)
+        self.v[layer].index_copy_(2, position, v)
+        return self.k[layer], self.v[layer]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention through torch's SDPA."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.d_head = layer, config.n_head, config.n_kv_head, config.d_head
+        d_kv = config.n_kv_head * config.d_head
+        self.q_proj = Linear(config.d_model, config.d_model, config.input_bias)
+        self.k_proj = Linear(config.d_model, d_kv, config.input_bias)
+        self.v_proj = Linear(config.d_model, d_kv, config.input_bias)
+        self.o_proj = Linear(config.d_model, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(
+        self, x: Tensor, rope: Rope | None, position: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Map (B, T, d_model) to the same shape."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.d_head).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.d_head).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.d_head).transpose(1, 2)
+        if rope is not None:
+            q, k = rope(q, position), rope(k, position)
+        if cache is not None:
+            k, v = cache.update(self.layer, position, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=self.n_head != self.n_kv_head
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU or GELU feed-forward layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.d_model, config.d_ff, config.input_bias) if config.mlp == "swiglu" else None
+        self.up_proj = Linear(config.d_model, config.d_ff, config.input_bias)
+        self.down_proj = Linear(config.d_ff, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, d_model) to the same shape."""
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, layer: int, gate: Gate | None) -> None:
+        super().__init__()
+        self.attn_norm = build_norm(config, config.taper != "none", gate)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = build_norm(config, config.taper != "none", gate)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: Rope | None, position: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Map (B, T, d_model) to the same shape."""
+        x = x + self.attn(self.attn_norm(x), rope, position, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def build_norm(config: TransformerConfig, tapered: bool, gate: Gate | None) -> nn.Module:
+    """One norm of the config's kind; the identity where it is tapered and folded."""
+    if tapered and config.folded:
+        return nn.Identity()
+    if config.norm == "rmsnorm":
+        plain, taper = nn.RMSNorm, TaperRMSNorm
+    else:
+        plain, taper = nn.LayerNorm, TaperLayerNorm
+    if tapered:
+        return taper(config.d_model, eps=config.norm_eps, gate=gate, ema_rate=config.ema_rate)
+    return plain(config.d_model, eps=config.norm_eps)
+
+
+class Transformer(nn.Module):
+    """Decoder-only transformer.
+
+    The gate is registered here, once (``taper_gate``); the norms borrow it. With ``targets``, forward returns the
+    mean cross-entropy without ever holding all the logits.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        tapered = config.taper != "none" and not config.folded
+        self.taper_gate = Gate() if tapered else None
+        self.tok_embed = Embedding(config.vocab_size, config.d_model)
+        self.pos_embed = Embedding(config.block_size, config.d_model) if config.position == "learned" else None
+        self.rope = Rope(config) if config.position == "rope" else None
+        self.blocks = nn.ModuleList(Block(config, layer, self.taper_gate) for layer in range(config.n_layer))
+        if config.final_scale:
+            self.final_norm = Affine(config.d_model, config.norm == "layernorm")
+        else:
+            self.final_norm = build_norm(config, config.taper == "all", self.taper_gate)
+        # Folding a final LayerNorm leaves the head a bias.
+        final_folded = config.folded and config.taper == "all" and not config.final_scale
+        self.head = Linear(config.d_model, config.vocab_size, bias=final_folded and config.norm == "layernorm")
+        if config.tied:
+            self.head.weight = self.tok_embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        position: Tensor | None = None,
+        chunk_tokens: int = 4096,
+    ) -> Tensor:
+        """Predict the next token.
+
+        Args:
+            tokens: (B, T) token ids.
+            targets: (B, T) next-token ids, -100 where none counts. With them the result is a 0-d float32 loss.
+            cache: decode with it: queries see the positions already written and their own.
+            position: (T,) positions of ``tokens``; None is 0 to T - 1.
+            chunk_tokens: tokens whose logits are held at once while computing the loss.
+
+        Returns:
+            (B, T, vocab_size) logits, or the mean loss over the targets that count.
+
+        Raises:
+            TaperlitError: more tokens than ``block_size``.
+        """
+        T = tokens.shape[1]
+        if T > self.config.block_size:
+            raise TaperlitError(f"{T} tokens are more than the model's context of {self.config.block_size}.")
+        if position is None:
+            position = torch.arange(T, device=tokens.device)
+        mask = None
+        if cache is not None:
+            mask = torch.arange(cache.length, device=tokens.device) <= position[:, None]  # (T, S)
+        x = self.tok_embed(tokens)  # (B, T, d_model)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(position)
+        for block in self.blocks:
+            x = block(x, self.rope, position, mask, cache)
+        x = self.final_norm(x)
+        if targets is None:
+            return self.head(x)
+        return chunked_cross_entropy(self.head, x, targets, chunk_tokens)
+
+    def num_parameters(self) -> int:
+        """Parameters, shared ones once, the taper's second branch not at all: what the model has once folded."""
+        return sum(p.numel() for name, p in self.named_parameters() if ".taper_" not in name)
+
+    def config_dict(self) -> dict:
+        """The config as plain data, with what folding changed: what ``Transformer`` needs to build this again."""
+        return asdict(self.config) | {
+            "folded": self.config.taper != "none" and not tapered_norms(self),
+            "final_scale": isinstance(self.final_norm, Affine),
+            "tied": self.head.weight is self.tok_embed.weight,
+        }
