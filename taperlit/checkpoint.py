@@ -91,7 +91,9 @@ def load_folded(directory: str | Path) -> LoadedModel:
     except ValueError as error:
         raise TaperlitError(f"{directory}/config.json is damaged; fold the checkpoint again.") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise TaperlitError(f"{directory} was not written by this version's `taperlit fold`; fold the checkpoint again.")
+        raise TaperlitError(
+            f"{directory} was not written by this version's `taperlit fold`; fold the checkpoint again."
+        )
     try:
         model = Transformer(TransformerConfig(**config["model"]))
         load_safetensors(model, directory / "model.safetensors")

@@ -84,9 +84,6 @@ def fold(
             replacement = nn.Identity()
         model.set_submodule(name, replacement.train(norm.training))
         folded.append(FoldedNorm(name, tuple(c.weight for c in consumers), parameters, scale))
-    for module in list(model.modules()):
-        if "taper_gate" in module._modules:
-            module.taper_gate = None
     return folded
 
 
@@ -106,7 +103,9 @@ def check_gate(model: nn.Module) -> None:
 
 def _check_foldable(name: str, feed: Feeds) -> None:
     if not feed.consumers and not feed.others:
-        raise TaperlitError(f"{name} did not run in the forward pass, so what it feeds is unknown; it cannot be folded.")
+        raise TaperlitError(
+            f"{name} did not run in the forward pass, so what it feeds is unknown; it cannot be folded."
+        )
     if feed.others:
         kinds = ", ".join(dict.fromkeys(feed.others))
         raise TaperlitError(

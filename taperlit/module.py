@@ -1,6 +1,5 @@
 """The LightningModule: next-token loss, optimizer, learning rate, and what is logged."""
 
-import math
 from typing import Any
 
 import lightning as L

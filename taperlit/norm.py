@@ -81,6 +81,7 @@ class Gate(Float32State):
             self.phase = self._phase_of(self.value.item())
 
     def extra_repr(self) -> str:
+        """The phase."""
         return self.phase.value
 
 
@@ -100,9 +101,10 @@ class _HoldIdle(torch.autograd.Function):
 class TaperNorm(Float32State):
     """The part that both kinds share; use :class:`TaperRMSNorm` or :class:`TaperLayerNorm`.
 
-    A norm that is given a ``gate`` borrows it (the model that made the gate registers it, once); one that is given
-    none owns its own. Alignment statistics are gathered in training while ``g = 1``: :func:`update_alignment` once an
-    optimizer step, :meth:`freeze` at the boundary.
+    A norm that is given a ``gate`` borrows it and leaves it out of its state dict; one that is given none owns its
+    own. In a model the first norm owns the gate that all share, see :func:`share_gate`. Alignment statistics are
+    gathered in training while ``g = 1``: :func:`update_alignment` once an optimizer step, :meth:`freeze` at the
+    boundary.
 
     ``pending`` holds the sums of the micro-batches since the last update. It is a plain tensor, not a buffer: DDP
     copies rank 0's buffers over the other ranks' before every forward, which would lose their statistics.
@@ -123,10 +125,14 @@ class TaperNorm(Float32State):
         self.register_buffer("alignment_ema", torch.zeros(2, dtype=torch.float32, device=device))
         self.register_buffer("alignment_updates", torch.zeros((), dtype=torch.int64, device=device))
         self.pending = torch.zeros(3, dtype=torch.float32, device=device)  # numerator, denominator, micro-batches
-        if gate is None:
-            self.gate = Gate()
-        else:
-            self.__dict__["gate"] = gate  # past nn.Module's registration: the lender's state dict has it
+        self.gate = Gate()
+        if gate is not None:
+            self.borrow(gate)
+
+    def borrow(self, gate: Gate) -> None:
+        """Use another norm's gate."""
+        self._modules.pop("gate", None)
+        self.__dict__["gate"] = gate  # past nn.Module's registration: the lender's state dict has it
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -241,7 +247,7 @@ class TaperNorm(Float32State):
 
     @torch.no_grad()
     def linear_map(self) -> tuple[Tensor, Tensor | None]:
-        """Gain ``c * gamma~`` and bias ``beta~`` of the linear phase in float64, each (d,): ``y = (h P) * gain + bias``.
+        """Gain ``c * gamma~`` and bias ``beta~`` of ``y = (h P) * gain + bias``, the linear phase: (d,) float64 each.
 
         ``P`` centres in the LayerNorm kind (``centred``) and is the identity in the RMSNorm kind.
         """
@@ -351,6 +357,13 @@ def tapered_norms(model: nn.Module) -> dict[str, TaperNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TaperNorm)}
 
 
+def share_gate(model: nn.Module) -> None:
+    """Make all TaperNorms of a model use the first one's gate."""
+    first, *others = tapered_norms(model).values()
+    for norm in others:
+        norm.borrow(first.gate)
+
+
 def shared_gate(model: nn.Module) -> Gate | None:
     """The one gate behind a model's TaperNorms, or None where it has none.
 
@@ -360,5 +373,7 @@ def shared_gate(model: nn.Module) -> Gate | None:
     norms = tapered_norms(model)
     for (first, a), (second, b) in itertools.pairwise(norms.items()):
         if a.gate is not b.gate:
-            raise TaperlitError(f"{first} and {second} have separate gates; build them with one gate=Gate().")
+            raise TaperlitError(
+                f"{first} and {second} have separate gates; call taperlit.norm.share_gate on the model."
+            )
     return next(iter(norms.values())).gate if norms else None

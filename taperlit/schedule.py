@@ -13,7 +13,9 @@ def resolve_steps(value: int | float, max_steps: int, name: str) -> int:
     """
     if isinstance(value, float):
         if not 0.0 <= value <= 1.0:
-            raise TaperlitError(f"{name} is {value}: a fraction of the run must be between 0 and 1 (steps are integers).")
+            raise TaperlitError(
+                f"{name} is {value}: a fraction of the run must be between 0 and 1 (steps are integers)."
+            )
         if max_steps < 1:
             raise TaperlitError(f"{name} is a fraction of the run: set trainer.max_steps, or give {name} in steps.")
         return round(value * max_steps)

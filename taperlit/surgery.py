@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taperlit.errors import TaperlitError
-from taperlit.norm import Gate, TaperLayerNorm, TaperNorm, TaperRMSNorm, tapered_norms
+from taperlit.norm import TaperLayerNorm, TaperNorm, TaperRMSNorm, share_gate, tapered_norms
 
 
 def taper(model: nn.Module, names: Iterable[str] = ("*",), ema_rate: float = 0.01) -> list[str]:
     """Replace a model's ``nn.RMSNorm`` and ``nn.LayerNorm`` by TaperNorms that keep their parameters and share a gate.
 
-    The gate is registered as ``model.taper_gate``.
+    The first of them owns the gate; :func:`taperlit.norm.shared_gate` finds it.
 
     Args:
         model: changed in place.
@@ -33,10 +33,9 @@ def taper(model: nn.Module, names: Iterable[str] = ("*",), ema_rate: float = 0.0
     patterns = list(names)
     kinds = {nn.RMSNorm: TaperRMSNorm, nn.LayerNorm: TaperLayerNorm}
     plain = {name: module for name, module in model.named_modules() if type(module) in kinds}
-    chosen = [name for name in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    chosen = [name for name in plain if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if not chosen:
         raise TaperlitError(f"No norm to taper matches {patterns}; the model's norms are {list(plain) or 'none'}.")
-    gate = Gate()
     for name in chosen:
         old = plain[name]
         new = kinds[type(old)](
@@ -45,7 +44,6 @@ def taper(model: nn.Module, names: Iterable[str] = ("*",), ema_rate: float = 0.0
             elementwise_affine=old.elementwise_affine,
             device=None if old.weight is None else old.weight.device,
             dtype=None if old.weight is None else old.weight.dtype,
-            gate=gate,
             ema_rate=ema_rate,
             **({"bias": old.bias is not None} if isinstance(old, nn.LayerNorm) else {}),
         )
@@ -54,7 +52,7 @@ def taper(model: nn.Module, names: Iterable[str] = ("*",), ema_rate: float = 0.0
         if isinstance(old, nn.LayerNorm):
             new.bias = old.bias
         model.set_submodule(name, new.train(old.training))
-    model.taper_gate = gate
+    share_gate(model)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its fused inference path reads the norms' parameters and never calls the norms; this flag turns it off.
@@ -105,6 +103,7 @@ class _Watch(TorchDispatchMode):
         self.parameters = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
         self.norm_of: dict[int, str] = {}  # storage -> the norm whose output it is
         self.copy_of: dict[int, nn.Parameter] = {}  # storage -> the parameter it is a copy of (autocast)
+        self.width: dict[str, int] = {}
         self.keep: list[Tensor] = []  # a freed storage's address could come back as another tensor's
         self.products: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         self.others: dict[str, list[str]] = {}
@@ -112,6 +111,7 @@ class _Watch(TorchDispatchMode):
 
     def follow(self, name: str, output: Tensor) -> None:
         self.keep.append(output)
+        self.width.setdefault(name, output.shape[-1])
         self.norm_of[output.untyped_storage().data_ptr()] = name
         self.products.setdefault(name, [])
         self.others.setdefault(name, [])
@@ -140,8 +140,9 @@ class _Watch(TorchDispatchMode):
         if operation in _PRODUCTS:
             left, right = (args[position] for position in _PRODUCTS[operation])
             name, parameter = self._source(left), self._parameter(right)
-            # A product with part of a matrix (a chunk of a packed projection) cannot be folded into all of it.
-            if name is not None and parameter is not None and right.numel() == parameter.numel():
+            # A product of part of the output, or with part of a matrix, cannot be folded into the whole matrix.
+            whole = name is not None and left.shape[-1] == self.width[name]
+            if whole and parameter is not None and right.numel() == parameter.numel():
                 self.products[name].append((parameter, right.stride()[-2:] == parameter.stride()))
                 tensors = [t for t in tensors if t is not left and t is not right]
         for tensor in tensors:

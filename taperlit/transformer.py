@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from taperlit.errors import TaperlitError
 from taperlit.loss import chunked_cross_entropy
-from taperlit.norm import Float32State, Gate, TaperLayerNorm, TaperRMSNorm, tapered_norms
+from taperlit.norm import Float32State, TaperLayerNorm, TaperRMSNorm, share_gate, tapered_norms
 
 Taper = Literal["none", "internal", "all"]
 
@@ -296,11 +296,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: TransformerConfig, layer: int, gate: Gate | None) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = build_norm(config, config.taper != "none", gate)
+        self.attn_norm = build_norm(config, config.taper != "none")
         self.attn = Attention(config, layer)
-        self.mlp_norm = build_norm(config, config.taper != "none", gate)
+        self.mlp_norm = build_norm(config, config.taper != "none")
         self.mlp = MLP(config)
 
     def forward(
@@ -311,7 +311,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def build_norm(config: TransformerConfig, tapered: bool, gate: Gate | None) -> nn.Module:
+def build_norm(config: TransformerConfig, tapered: bool) -> nn.Module:
     """One norm of the config's kind; the identity where it is tapered and folded."""
     if tapered and config.folded:
         return nn.Identity()
@@ -320,35 +320,42 @@ def build_norm(config: TransformerConfig, tapered: bool, gate: Gate | None) -> n
     else:
         plain, taper = nn.LayerNorm, TaperLayerNorm
     if tapered:
-        return taper(config.d_model, eps=config.norm_eps, gate=gate, ema_rate=config.ema_rate)
+        return taper(config.d_model, eps=config.norm_eps, ema_rate=config.ema_rate)
     return plain(config.d_model, eps=config.norm_eps)
 
 
 class Transformer(nn.Module):
     """Decoder-only transformer.
 
-    The gate is registered here, once (``taper_gate``); the norms borrow it. With ``targets``, forward returns the
+    With ``targets``, forward returns the
     mean cross-entropy without ever holding all the logits.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        tapered = config.taper != "none" and not config.folded
-        self.taper_gate = Gate() if tapered else None
         self.tok_embed = Embedding(config.vocab_size, config.d_model)
         self.pos_embed = Embedding(config.block_size, config.d_model) if config.position == "learned" else None
         self.rope = Rope(config) if config.position == "rope" else None
-        self.blocks = nn.ModuleList(Block(config, layer, self.taper_gate) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         if config.final_scale:
             self.final_norm = Affine(config.d_model, config.norm == "layernorm")
         else:
-            self.final_norm = build_norm(config, config.taper == "all", self.taper_gate)
+            self.final_norm = build_norm(config, config.taper == "all")
         # Folding a final LayerNorm leaves the head a bias.
         final_folded = config.folded and config.taper == "all" and not config.final_scale
         self.head = Linear(config.d_model, config.vocab_size, bias=final_folded and config.norm == "layernorm")
         if config.tied:
             self.head.weight = self.tok_embed.weight
+        if tapered_norms(self):
+            share_gate(self)
+
+    def _apply(self, fn, recurse=True):
+        tied = self.head.weight is self.tok_embed.weight
+        super()._apply(fn, recurse)
+        if tied:  # leaving the meta device makes two matrices of one
+            self.head.weight = self.tok_embed.weight
+        return self
 
     def forward(
         self,

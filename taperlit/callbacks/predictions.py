@@ -28,7 +28,7 @@ class PredictionWriter(BasePredictionWriter):
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
         self._target = path.with_name(path.name + f".{trainer.global_rank}") if trainer.global_rank else path
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(f"{self._target}.partial", "w")
+        self._file = open(f"{self._target}.partial", "w")  # noqa: SIM115 (closed when predict ends)
 
     def write_on_batch_end(
         self,

@@ -37,8 +37,8 @@ class TextDataModule(L.LightningDataModule):
     set that is streamed leaves only its tokens on disk.
 
     Args:
-        files: globs of local files: ``.jsonl`` (also ``.zst``, ``.gz``) and ``.parquet`` hold a document a row, any other
-            file is a document.
+        files: globs of local files: ``.jsonl`` (also ``.zst``, ``.gz``) and ``.parquet`` hold a document a row, any
+            other file is a document.
         hub: name of a data set on the hub.
         hub_config: its configuration.
         hub_split: its split to read.
@@ -83,7 +83,11 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("block_size", block_size), ("batch_size", batch_size), ("tokenizer_bytes", tokenizer_bytes)):
+        for name, value in (
+            ("block_size", block_size),
+            ("batch_size", batch_size),
+            ("tokenizer_bytes", tokenizer_bytes),
+        ):
             if value < 1:
                 raise TaperlitError(f"data.{name} must be at least 1, not {value}.")
         if not 0 < val_fraction < 1:
@@ -193,8 +197,8 @@ class TextDataModule(L.LightningDataModule):
         world_size = self.trainer.world_size if self.trainer else 1
         if stage == "fit" and len(self._blocks["train"]) < self.hparams.batch_size * world_size:
             raise TaperlitError(
-                f"The training split has {len(self._blocks['train'])} blocks of {self.block_size} tokens, less than one "
-                f"batch of {self.hparams.batch_size * world_size}; lower data.batch_size or add text."
+                f"The training split has {len(self._blocks['train'])} blocks of {self.block_size} tokens, less than "
+                f"one batch of {self.hparams.batch_size * world_size}; lower data.batch_size or add text."
             )
 
     def _loader(self, split: str, train: bool) -> ResumableLoader:
@@ -244,8 +248,8 @@ class TextDataModule(L.LightningDataModule):
         mine, theirs = fingerprint(self.tokenizer_json), fingerprint(state_dict["tokenizer"])
         if mine != theirs:
             raise TaperlitError(
-                f"The checkpoint's tokenizer ({theirs[:12]}) is not the data's ({mine[:12]}); set data.tokenizer to the "
-                "tokenizer.json beside the checkpoint's run."
+                f"The checkpoint's tokenizer ({theirs[:12]}) is not the data's ({mine[:12]}); set data.tokenizer to "
+                "the tokenizer.json beside the checkpoint's run."
             )
         if self.trainer.state.fn != TrainerFn.FITTING:
             return

@@ -53,7 +53,7 @@ def expand_globs(patterns: str | list[str]) -> list[str]:
 
 
 def python_files(packages: bool = False) -> list[str]:
-    """Python source on this machine: the standard library without its tests, and with ``packages`` what is installed."""
+    """The standard library's source without its tests and, with ``packages``, that of the installed packages."""
     paths = sysconfig.get_paths()
     stdlib = Path(paths["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

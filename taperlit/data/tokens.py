@@ -85,8 +85,8 @@ def write_tokens(
 class TokenBlocks(Dataset):
     """Consecutive blocks of a memory-mapped token file.
 
-    Block ``i`` is tokens ``i * block_size`` to ``(i + 1) * block_size`` inclusive: inputs and targets overlap by all but
-    one, blocks by that one. Index -1 is padding: all -100.
+    Block ``i`` is tokens ``i * block_size`` to ``(i + 1) * block_size`` inclusive, so every token but the file's first
+    is predicted once. Index -1 is padding: all -100.
 
     Args:
         path: of the file.

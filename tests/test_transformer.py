@@ -1,0 +1,181 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taperlit.errors import TaperlitError
+from taperlit.norm import TaperLayerNorm, TaperRMSNorm, shared_gate, tapered_norms
+from taperlit.transformer import PRESETS, KVCache, Transformer, TransformerConfig
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "gpt2_124m": 124.4e6, "gpt2_350m": 354.8e6, "gpt2_774m": 774.0e6, "gpt2_1558m": 1557.6e6,
+    "llama_350m": 350e6, "llama2_7b": 6.738e9, "llama3_1b": 1.236e9, "llama3_8b": 8.030e9,
+    "small_1m": 1e6, "small_3m": 3e6, "small_9m": 9e6, "small_30m": 30e6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_parameters_their_name_says(name):
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig.from_preset(name, taper="internal"))
+    assert model.num_parameters() == pytest.approx(SIZES[name], rel=0.08)
+
+
+def test_matches_transformers_gpt2():
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            bos_token_id=0, eos_token_id=0, vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2
+        )
+    ).eval()
+    ours = Transformer(
+        TransformerConfig(
+            300, 32, 2, 2, d_model=32, norm="layernorm", position="learned", mlp="gelu", bias=True, tied=True
+        )
+    ).eval()
+    state = {}
+    for key, value in theirs.state_dict().items():
+        if key == "lm_head.weight":
+            continue  # tied to wte
+        value = value + 0.1 * torch.randn_like(value)
+        state[key] = value.T if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else value
+        theirs.state_dict()[key].copy_(value)
+    renamed = {"tok_embed.weight": state["transformer.wte.weight"], "pos_embed.weight": state["transformer.wpe.weight"]}
+    for leaf in ("weight", "bias"):
+        renamed[f"final_norm.{leaf}"] = state[f"transformer.ln_f.{leaf}"]
+        for i in range(2):
+            theirs_i = f"transformer.h.{i}"
+            for part, value in zip("qkv", state[f"{theirs_i}.attn.c_attn.{leaf}"].chunk(3), strict=True):
+                renamed[f"blocks.{i}.attn.{part}_proj.{leaf}"] = value
+            for mine, other in (
+                ("attn_norm", "ln_1"), ("mlp_norm", "ln_2"), ("attn.o_proj", "attn.c_proj"),
+                ("mlp.up_proj", "mlp.c_fc"), ("mlp.down_proj", "mlp.c_proj"),
+            ):  # fmt: skip
+                renamed[f"blocks.{i}.{mine}.{leaf}"] = state[f"{theirs_i}.{other}.{leaf}"]
+    renamed["head.weight"] = renamed["tok_embed.weight"]
+    ours.load_state_dict(renamed)
+    tokens = torch.randint(300, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_matches_transformers_llama_with_grouped_queries():
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    ours = Transformer(TransformerConfig(300, 64, 2, 4, 2, 32, 64)).eval()
+    state = {key: value + 0.1 * torch.randn_like(value) for key, value in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+
+    def rename(key):
+        for old, new in (
+            ("model.layers.", "blocks."), ("model.embed_tokens", "tok_embed"), ("model.norm", "final_norm"),
+            ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm"), ("self_attn", "attn"),
+            ("lm_head", "head"),
+        ):  # fmt: skip
+            key = key.replace(old, new)
+        return key
+
+    ours.load_state_dict({rename(key): value for key, value in state.items()})
+    tokens = torch.randint(300, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    norm=st.sampled_from(["rmsnorm", "layernorm"]),
+    position=st.sampled_from(["rope", "learned"]),
+    mlp=st.sampled_from(["swiglu", "gelu"]),
+    kv=st.sampled_from([1, 2, 4]),
+    bias=st.booleans(),
+    cuts=st.lists(st.integers(1, 15), max_size=4),
+)
+def test_cached_decoding_gives_the_full_pass(norm, position, mlp, kv, bias, cuts):
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        50, 16, 2, 4, kv, 32, 48, norm=norm, position=position, mlp=mlp, bias=bias, taper="internal"
+    )
+    model = Transformer(config).eval()
+    tokens = torch.randint(50, (3, 16))
+    cache = KVCache(config, batch_size=3)
+    parts = []
+    with torch.no_grad():
+        full = model(tokens)
+        for start, end in itertools.pairwise([0, *sorted(set(cuts)), 16]):
+            parts.append(model(tokens[:, start:end], cache=cache, position=torch.arange(start, end)))
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-5)
+
+
+def test_no_token_sees_a_later_one(tiny):
+    model = tiny().eval()
+    tokens = torch.randint(300, (1, 20))
+    changed = tokens.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 300
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[:, :12], model(changed)[:, :12])
+        assert not torch.equal(model(tokens)[:, 12:], model(changed)[:, 12:])
+
+
+@pytest.mark.parametrize(("taper", "count"), [("none", 0), ("internal", 4), ("all", 5)])
+@pytest.mark.parametrize(("norm", "kind"), [("rmsnorm", TaperRMSNorm), ("layernorm", TaperLayerNorm)])
+def test_which_norms_taper(tiny, taper, count, norm, kind):
+    model = tiny(taper=taper, norm=norm)
+    norms = tapered_norms(model)
+    assert len(norms) == count
+    assert all(type(n) is kind and n.gate is shared_gate(model) for n in norms.values())
+    assert [k for k in model.state_dict() if "gate.value" in k] == ["blocks.0.attn_norm.gate.value"] * bool(count)
+
+
+def test_initialization_is_depth_scaled_and_survives_the_meta_device():
+    config = TransformerConfig(1000, 64, 8, 4, d_model=128, tied=True, taper="all")
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = Transformer(config)
+    assert model.head.weight is model.tok_embed.weight
+    assert torch.equal(model.rope.cos, fresh.rope.cos)
+    for name, parameter in model.named_parameters():
+        other = dict(fresh.named_parameters())[name]
+        assert parameter.std().item() == pytest.approx(other.std().item(), rel=0.1, abs=1e-9), name
+    assert model.blocks[3].attn.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+    assert model.blocks[3].attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_head": 5}, "d_model 32 is not a multiple of n_head 5"),
+        ({"n_head": 4, "n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
+        ({"n_layer": 0}, "n_layer must be at least 1"),
+        ({"n_head": 32}, "even head width"),
+    ],
+)
+def test_impossible_shapes_are_refused(fields, message):
+    with pytest.raises(TaperlitError, match=message):
+        TransformerConfig(**{"d_model": 32, "n_head": 2, **fields})
+
+
+def test_unknown_names_are_refused(tiny):
+    with pytest.raises(TaperlitError, match="No preset 'gpt5'"):
+        TransformerConfig.from_preset("gpt5")
+    with pytest.raises(TaperlitError, match="No model option 'n_layers'"):
+        TransformerConfig.from_preset("small_1m", n_layers=3)
+    with pytest.raises(TaperlitError, match="33 tokens are more than the model's context of 32"):
+        tiny()(torch.zeros(1, 33, dtype=torch.int64))
