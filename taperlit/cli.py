@@ -1,5 +1,6 @@
 """The command line: which command, and what happens to an error. Nothing heavy is imported until a command runs."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         return _fail(f"there is no command {command!r}; choose from {', '.join(COMMANDS)}.", status=2)
+    # Lightning 2.6 uses what jsonargparse is about to drop; that is nothing the user can mend.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     try:
         from taperlit import commands
 

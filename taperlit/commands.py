@@ -94,9 +94,8 @@ class TaperlitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the slots' callbacks, and the ones every run has unless it names its own."""
         config = self._get(self.config_init, "trainer")
-        callbacks = list(config["callbacks"] or []) if not isinstance(config["callbacks"], L.Callback) else []
-        if isinstance(config["callbacks"], L.Callback):
-            callbacks = [config["callbacks"]]
+        given = config["callbacks"] or []
+        callbacks = [given] if isinstance(given, L.Callback) else list(given)
         callbacks += [callback for callback in vars(self._get(self.config_init, "taper")).values() if callback]
 
         def missing(kind: type[L.Callback]) -> bool:
@@ -106,12 +105,25 @@ class TaperlitCLI(LightningCLI):
             callbacks.append(StepProgressBar())
         if self.subcommand == "predict" and missing(PredictionWriter):
             callbacks.append(PredictionWriter())
-        if self.subcommand == "fit" and missing(TokenThroughput):
+        if missing(TokenThroughput):
             callbacks.append(TokenThroughput())
         if missing(ModelCheckpoint) and config["enable_checkpointing"] is not False:
             callbacks.append(RunCheckpoint())
         config["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
+
+
+def build_cli() -> TaperlitCLI:
+    """Parse the process's arguments and run the trainer's command in them."""
+    return TaperlitCLI(
+        LanguageModel,
+        TextDataModule,
+        save_config_callback=RunRecord,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_class=_TrainerParser,
+    )
 
 
 def run(command: str, args: list[str]) -> None:
@@ -132,15 +144,7 @@ def run(command: str, args: list[str]) -> None:
         return
     sys.argv = ["taperlit", command, *args]  # where LightningCLI looks
     try:
-        TaperlitCLI(
-            LanguageModel,
-            TextDataModule,
-            save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_class=_TrainerParser,
-        )
+        build_cli()
     except (MisconfigurationException, FileNotFoundError) as error:
         raise TaperlitError(" ".join(str(error).split())) from error
 

@@ -23,6 +23,7 @@ class TokenThroughput(L.Callback):
     def __init__(self, window: int = 50) -> None:
         self.window = window
         self.tokens = 0
+        self._elapsed, self._since = 0.0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the device's peak and start the clock."""
@@ -35,17 +36,16 @@ class TokenThroughput(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
-        if trainer.training or trainer.validating:
-            self._pause()
+        self._count_time()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start it again."""
         self._since = time.perf_counter()
 
-    def _pause(self) -> None:
-        if hasattr(self, "_since"):
-            self._elapsed = getattr(self, "_elapsed", 0.0) + time.perf_counter() - self._since
-            self._since = time.perf_counter()
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._elapsed += now - self._since
+        self._since = now
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, *_: Any
@@ -60,7 +60,7 @@ class TokenThroughput(L.Callback):
             self._flops_per_token = pl_module.flops_per_token(block_size)
         if pl_module.device.type == "cuda" and trainer._logger_connector.should_update_logs:
             torch.cuda.synchronize()
-        self._pause()
+        self._count_time()
         self._steps += 1
         self._session_tokens += self._batch_tokens
         self._throughput.update(

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
 
 from taperlit.data.loader import BlockSampler, ResumableLoader
 from taperlit.data.sources import Piece, describe_files, expand_globs, python_files, read_files, read_hub
@@ -201,17 +202,17 @@ class TextDataModule(L.LightningDataModule):
                 f"one batch of {self.hparams.batch_size * world_size}; lower data.batch_size or add text."
             )
 
-    def _loader(self, split: str, train: bool) -> ResumableLoader:
+    def _sampler(self, split: str, train: bool) -> BlockSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        blocks = self._blocks[split]
-        sampler = BlockSampler(blocks, self.hparams.batch_size, rank, world_size, self.hparams.seed, train)
-        return ResumableLoader(
-            blocks,
-            sampler,
-            num_workers=self.hparams.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.hparams.num_workers > 0,
-        )
+        return BlockSampler(self._blocks[split], self.hparams.batch_size, rank, world_size, self.hparams.seed, train)
+
+    @property
+    def _workers(self) -> dict[str, Any]:
+        workers = self.hparams.num_workers
+        return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+
+    def _loader(self, split: str, train: bool) -> ResumableLoader:
+        return ResumableLoader(self._blocks[split], self._sampler(split, train), **self._workers)
 
     def train_dataloader(self) -> ResumableLoader:
         """Training blocks, shuffled."""
@@ -225,9 +226,10 @@ class TextDataModule(L.LightningDataModule):
         """The same held-out blocks."""
         return self._loader("val", train=False)
 
-    def predict_dataloader(self) -> ResumableLoader:
-        """The same held-out blocks."""
-        return self._loader("val", train=False)
+    def predict_dataloader(self) -> DataLoader:
+        """The same held-out blocks; Lightning rebuilds this loader around indices, which only torch's own allows."""
+        sampler = self._sampler("val", train=False)
+        return DataLoader(self._blocks["val"], self.hparams.batch_size, sampler=sampler, **self._workers)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to be used alone (tokenizer, a few held-out blocks), and to be resumed rightly."""

@@ -210,7 +210,7 @@ def test_gradient_accumulation_gives_the_same_scalars_and_target(tmp_path):
         anchor = ScaleAnchor("encoder.norm")
         fit(tmp_path, [GateSchedule(5, 15), AlignmentFreeze(), anchor], model, accumulate_grad_batches=accumulate)
         results.append([anchor.target.item(), *(norm.alignment.item() for norm in tapered_norms(model).values())])
-        assert sorted(set(model.gates), reverse=True) == sorted(set(model.gates[:: accumulate]), reverse=True)
+        assert sorted(set(model.gates), reverse=True) == sorted(set(model.gates[::accumulate]), reverse=True)
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 

@@ -1,0 +1,220 @@
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from taperlit.data import TextDataModule
+from taperlit.data.loader import BlockSampler, ResumableLoader
+from taperlit.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from taperlit.data.tokens import TokenBlocks, split_of
+from taperlit.errors import TaperlitError
+
+
+def build(corpus, **options):
+    defaults = {"files": str(corpus / "*"), "vocab_size": 300, "block_size": 32, "batch_size": 4, "val_fraction": 0.2}
+    data = TextDataModule(**{**defaults, **options})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_tokens_are_the_documents_and_no_document_is_in_both_splits(corpus):
+    data = build(corpus)
+    tokenizer = data.tokenizer
+    texts = {path.read_text() for path in corpus.iterdir()}
+    found = {}
+    for split in ("train", "val"):
+        text = tokenizer.decode(data._blocks[split].tokens.tolist(), skip_special_tokens=False)
+        found[split] = text.split(END_OF_TEXT)
+        assert found[split].pop() == ""
+    assert not set(found["train"]) & set(found["val"])
+    assert sorted(found["train"] + found["val"]) == sorted(texts)
+    assert 2 <= len(found["val"]) <= 25
+    assert data._blocks["train"].tokens.dtype == np.uint16
+    assert data._meta["documents"] == {split: len(found[split]) for split in found}
+
+
+def test_copies_of_a_document_stay_together():
+    hashes = [os.urandom(8) for _ in range(20000)]
+    share = sum(split_of(h, 0.1) == "val" for h in hashes) / len(hashes)
+    assert share == pytest.approx(0.1, abs=0.01)
+    assert split_of(b"\0" * 8, 1e-9) == "val"
+    assert split_of(b"\xff" * 8, 1 - 1e-9) == "train"
+
+
+def test_the_cache_is_reused_and_depends_on_everything(corpus):
+    data = build(corpus)
+    path = data.cache_path()
+    stamp = (path / "train.bin").stat().st_mtime_ns
+    again = build(corpus, block_size=16, batch_size=2, seed=5)  # none of which changes the tokens
+    assert again.cache_path() == path
+    assert (path / "train.bin").stat().st_mtime_ns == stamp
+    for change in ({"vocab_size": 310}, {"val_fraction": 0.3}, {"max_documents": 40}, {"max_tokens": 5000}):
+        assert build(corpus, **change).cache_path() != path
+    (corpus / "00.py").write_text("changed = True\n" * 100)
+    assert build(corpus).cache_path() != path
+    assert not any("partial" in name for name in os.listdir(path.parent))
+
+
+def test_limits(corpus):
+    assert sum(build(corpus, max_documents=40)._meta["documents"].values()) == 40
+
+
+def test_a_trained_tokenizer_is_deterministic_and_lossless(corpus):
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    one, two = (train_tokenizer(iter(texts), 320) for _ in range(2))
+    assert one.to_str() == two.to_str()
+    sample = "x = 'ünïcödé 漢字 \t\n\x00'"
+    assert one.decode(one.encode(sample).ids) == sample
+
+
+def test_a_tokenizer_from_a_file(corpus, tmp_path):
+    tokenizer = train_tokenizer((path.read_text() for path in corpus.iterdir()), 290)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = build(corpus, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert data.vocab_size == 290
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 100}, "vocab_size 100 is too small"),
+        ({"vocab_size": 100000}, "The text gives only"),
+        ({"tokenizer": "/nowhere/tokenizer.json"}, r"there is no file /nowhere/tokenizer\.json"),
+        ({"block_size": 10**6}, "validation split has .* less than one block"),
+        ({"batch_size": 10**6}, "training split has .* less than one batch"),
+        ({"files": "/nowhere/*"}, "no file matches /nowhere"),
+        ({"val_fraction": 0.0}, "val_fraction must be between 0 and 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+)
+def test_bad_options_are_told(corpus, options, message):
+    with pytest.raises(TaperlitError, match=message) as error:
+        build(corpus, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_no_documents_are_told(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/empty.txt").write_text("")
+    with pytest.raises(TaperlitError, match="no documents to train on"):
+        build(tmp_path / "docs")
+    assert not (tmp_path / "cache").exists() or not os.listdir(tmp_path / "cache")
+
+
+def test_a_damaged_cache_is_told(corpus):
+    data = build(corpus)
+    path = data.cache_path() / "train.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TaperlitError, match=r"token cache .* is damaged \(train.bin is truncated\); delete it"):
+        data.setup("fit")
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(corpus, tmp_path):
+    text = train_tokenizer((path.read_text() for path in corpus.iterdir()), 290).to_str()
+    (tmp_path / "t.json").write_text(text.replace(END_OF_TEXT, "<|other|>"))
+    with pytest.raises(TaperlitError, match="no end-of-text token"):
+        build(corpus, tokenizer=str(tmp_path / "t.json"))
+    (tmp_path / "broken.json").write_text(text[:50])
+    with pytest.raises(TaperlitError, match=r"broken\.json' cannot be loaded"):
+        load_tokenizer(str(tmp_path / "broken.json"))
+
+
+def test_large_vocabularies_take_four_bytes(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "get_vocab_size", lambda self, *a: 70000)
+    tokenizer = train_tokenizer(iter(["abc"]), 257)
+    tokenizer.save(str(tmp_path / "t.json"))
+    assert build(corpus, tokenizer=str(tmp_path / "t.json"))._meta["dtype"] == "<u4"
+
+
+class Numbers(TokenBlocks):
+    """Block i is full of i."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return torch.tensor([index])
+
+
+def loader(count, batch, rank=0, world=1, seed=0, train=True, **options):
+    blocks = Numbers(count)
+    return ResumableLoader(blocks, BlockSampler(blocks, batch, rank, world, seed, train), **options)
+
+
+def drain(loader, epoch=None):
+    if epoch is not None:
+        loader.sampler.set_epoch(epoch)
+    return [batch.flatten().tolist() for batch in loader]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    count=st.integers(1, 60),
+    batch=st.integers(1, 5),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 9),
+    epoch=st.integers(0, 3),
+    stop=st.integers(0, 30),
+)
+def test_resumed_order_neither_repeats_nor_skips(count, batch, world, seed, epoch, stop):
+    whole = drain(loader(count, batch * world, seed=seed), epoch)
+    assert len(set(sum(whole, []))) == count // (batch * world) * batch * world
+    ranks = [drain(loader(count, batch, rank, world, seed), epoch) for rank in range(world)]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == whole  # the same global batches
+    for rank in range(world):
+        first = loader(count, batch, rank, world, seed)
+        first.sampler.set_epoch(epoch)
+        seen = [b.flatten().tolist() for _, b in zip(range(stop), first, strict=False)]
+        state = json.loads(json.dumps(first.state_dict()))
+        second = loader(count, batch, rank, world, seed)
+        second.load_state_dict(state)
+        second.sampler.set_epoch(epoch)  # as Lightning does on resuming
+        assert len(second) == len(first)
+        assert seen[:stop] + drain(second) == ranks[rank]
+        assert drain(second, epoch + 1) == drain(loader(count, batch, rank, world, seed), epoch + 1)
+
+
+def test_order_differs_by_epoch_and_seed():
+    orders = {str(drain(loader(50, 5, seed=seed), epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_position_counts_what_was_handed_out_not_what_workers_fetched():
+    first = loader(40, 4, num_workers=1, multiprocessing_context=multiprocessing.get_context("fork"))
+    iterator = iter(first)
+    seen = [next(iterator).flatten().tolist() for _ in range(3)]
+    assert first.state_dict() == {"epoch": 0, "position": 12}
+    second = loader(40, 4)
+    second.load_state_dict(first.state_dict())
+    assert seen + drain(second) == drain(loader(40, 4))
+
+
+@given(count=st.integers(1, 40), batch=st.integers(1, 5), world=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_evaluation_sees_every_block_once_in_as_many_batches_on_every_rank(count, batch, world):
+    ranks = [drain(loader(count, batch, rank, world, train=False)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    blocks = sum((sum(batches, []) for batches in ranks), [])
+    assert sorted(block for block in blocks if block >= 0) == list(range(count))
+    assert len(blocks) - count < world
+
+
+def test_blocks_overlap_by_the_token_that_both_need(tmp_path):
+    np.arange(101, dtype="<u2").tofile(tmp_path / "x.bin")
+    blocks = TokenBlocks(tmp_path / "x.bin", "<u2", 10)
+    assert len(blocks) == 10
+    assert blocks[0].tolist() == list(range(11))
+    assert blocks[9].tolist() == list(range(90, 101))
+    assert blocks[-1].tolist() == [-100] * 11
+    assert len(TokenBlocks(tmp_path / "x.bin", "<u2", 101)) == 0

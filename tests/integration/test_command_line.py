@@ -1,0 +1,215 @@
+"""Whole runs through the command line, on text in the Pile's format."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zstandard
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from taperlit.checkpoint import load_model, read_checkpoint
+from taperlit.cli import COMMANDS, main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = [
+    "--model.overrides", "{vocab_size: 300, block_size: 32, n_layer: 2, n_head: 2, d_model: 32, d_ff: 64}",
+    "--model.compile=false", "--data.tokenizer=null", "--data.vocab_size=300", "--data.block_size=32",
+    "--data.batch_size=4", "--data.val_fraction=0.2", "--data.num_workers=0",
+    "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=1", "--trainer.precision=32-true",
+    "--trainer.accelerator=cpu", "--trainer.val_check_interval=10", "--trainer.log_every_n_steps=1",
+    "--trainer.enable_model_summary=false", "--taper.gate.warmup=5", "--taper.monitor.every=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        rows = []
+        for i in range(30):
+            text = "\n".join(f"def function_{shard}_{i}_{j}(x):\n    return x * {j}" for j in range(40))
+            rows.append(json.dumps({"text": text, "meta": {"pile_set_name": "Github"}}))
+        (folder / f"{shard:02}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress("\n".join(rows).encode()))
+    return str(folder / "*.jsonl.zst")
+
+
+def fit(tmp_path, shards, *extra, config="pile_350m.yaml"):
+    args = ["fit", "--config", str(CONFIGS / config), "--data.files", shards, *SMALL]
+    args += [f"--trainer.logger.save_dir={tmp_path}/runs", "--trainer.logger.name=run", *extra]
+    assert main(args) == 0
+    versions = sorted((tmp_path / "runs/run").iterdir(), key=lambda path: int(path.name.split("_")[1]))
+    return versions[-1]
+
+
+def scalars(run):
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_train_fold_generate_and_the_rest(tmp_path, shards, capsys):
+    run = fit(tmp_path, shards)
+    logged = scalars(run)
+    gates = dict(logged["taper/gate"])
+    assert [gates[k] for k in (0, 4, 10, 19)] == [1, 1, 0, 0]
+    assert 0 < gates[6] < 1
+    for tag in (
+        "train/loss", "val/loss", "val/perplexity", "train/lr", "train/grad_norm", "train/tokens", "train/scale_loss",
+        "taper/pre_logit_rms", "taper/logit_norm",
+    ):  # fmt: skip
+        assert logged[tag], tag
+    assert logged["train/tokens"][-1][1] == 20 * 4 * 32
+    assert len([tag for tag in logged if tag.startswith("taper/alignment/")]) == 4
+    for (_, loss), (_, perplexity) in zip(logged["val/loss"], logged["val/perplexity"], strict=True):
+        assert perplexity == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+
+    # beside the run: its exact config, its tokenizer, its checkpoints, and what FoldOnEnd wrote
+    assert {"config.yaml", "tokenizer.json", "checkpoints", "folded"} <= set(os.listdir(run))
+    ckpt = str(run / "checkpoints/last.ckpt")
+    assert read_checkpoint(ckpt)["global_step"] == 20
+
+    capsys.readouterr()
+    assert main(["fold", "--ckpt", ckpt, "--out", str(tmp_path / "folded")]) == 0
+    out = capsys.readouterr().out
+    assert "removed 4 norms" in out
+    assert float(re.search(r"validation tokens: (\S+)", out)[1]) < 1e-4
+    mine, theirs = (load_file(d / "model.safetensors") for d in (tmp_path / "folded", run / "folded"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    folded, unfolded = load_model(tmp_path / "folded"), load_model(ckpt)
+    assert not any("attn_norm" in name or "mlp_norm" in name for name in folded.model.state_dict())
+    tokens = unfolded.sample[:, :-1].long()
+    with torch.no_grad():
+        torch.testing.assert_close(folded.model(tokens), unfolded.model(tokens), rtol=1e-3, atol=1e-4)
+
+    texts = []
+    for model in (str(tmp_path / "folded"), ckpt):
+        command = ["generate", "--model", model, "--prompt", "def f", "--max_new_tokens=12", "--temperature=0"]
+        assert main(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("def f")
+    assert texts[0] == texts[1]
+
+    # the saved config runs again, and evaluates the checkpoint to the loss that was logged
+    saved = ["--config", str(run / "config.yaml"), "--ckpt_path", ckpt, "--trainer.logger=false"]
+    assert main(["validate", *saved]) == 0
+    printed = re.search(r"val/loss\W+([\d.]+)", capsys.readouterr().out)[1]
+    assert float(printed) == pytest.approx(logged["val/loss"][-1][1], rel=1e-5)
+    assert main(["test", *saved]) == 0
+    assert "test/perplexity" in capsys.readouterr().out
+    assert main(["predict", *saved, f"--trainer.default_root_dir={tmp_path}"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    mean = sum(line["loss"] for line in lines) / len(lines)
+    assert mean == pytest.approx(logged["val/loss"][-1][1], rel=1e-4)
+    assert all(len(line["logprobs"]) == 32 for line in lines)
+
+
+def test_resumed_mid_epoch_is_bit_identical_to_uninterrupted(tmp_path, shards):
+    whole = fit(tmp_path, shards)
+    states = [read_checkpoint(whole / "checkpoints/last.ckpt")]
+    for stop in (3, 8):  # in warm-up, in the taper
+        every = f"{{class_path: ModelCheckpoint, init_args: {{every_n_train_steps: {stop}, save_top_k: -1}}}}"
+        part = fit(tmp_path, shards, f"--trainer.callbacks+={every}")
+        middle = next((part / "checkpoints").glob(f"*step={stop}.ckpt"))
+        again = fit(tmp_path, shards, "--ckpt_path", str(middle))
+        states.append(read_checkpoint(again / "checkpoints/last.ckpt"))
+        assert scalars(again)["train/loss"] == scalars(whole)["train/loss"][stop:]
+    for state in states[1:]:
+        assert state["global_step"] == 20
+        for key, value in states[0]["state_dict"].items():
+            assert torch.equal(value, state["state_dict"][key]), key
+
+
+def test_layernorm_all_taper_with_a_tied_head(tmp_path, shards, capsys):
+    run = fit(tmp_path, shards, "--config", str(CONFIGS / "taper/all_aux.yaml"), config="gpt2_124m_owt.yaml")
+    ckpt = str(run / "checkpoints/last.ckpt")
+    for how, count in (("untie", 5), ("scale", 4)):
+        assert main(["fold", "--ckpt", ckpt, "--tied", how, "--out", str(tmp_path / how)]) == 0
+        assert f"removed {count} norms" in capsys.readouterr().out
+        model = load_model(tmp_path / how).model
+        assert model.config.tied == (how == "scale")
+        with torch.no_grad():
+            tokens = load_model(ckpt).sample[:, :-1].long()
+            torch.testing.assert_close(model(tokens), load_model(ckpt).model(tokens), rtol=1e-3, atol=1e-4)
+
+
+def error_of(capsys, *args, status=1):
+    capsys.readouterr()
+    try:
+        assert main(list(args)) == status
+    except SystemExit as exit:
+        assert exit.code == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("taperlit: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_what_goes_wrong_is_one_line(tmp_path, shards, capsys):
+    run = fit(tmp_path, shards, "--taper.gate.end=20", "--trainer.max_steps=12", "--taper.gate.end=12")
+    ckpt = str(run / "checkpoints/best.ckpt")  # of step 10: inside the taper
+    assert "The gate is 0." in error_of(capsys, "fold", "--ckpt", ckpt)
+    assert "no such checkpoint" in error_of(capsys, "fold", "--ckpt", str(tmp_path / "none.ckpt"))
+    last = Path(run / "checkpoints/last.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes(last.read_bytes()[:5000])
+    assert "cut.ckpt is truncated" in error_of(capsys, "fold", "--ckpt", str(tmp_path / "cut.ckpt"))
+    assert "cut.ckpt is truncated" in error_of(capsys, "generate", "--model", str(tmp_path / "cut.ckpt"), "--prompt=x")
+    base = ["--config", str(run / "config.yaml")]
+    assert "cut.ckpt is truncated" in error_of(capsys, "fit", *base, "--ckpt_path", str(tmp_path / "cut.ckpt"))
+    (run / "checkpoints/last-folded").mkdir()
+    assert "last-folded exists" in error_of(capsys, "fold", "--ckpt", str(last))
+    assert "prompt has no tokens" in error_of(capsys, "generate", "--model", str(last), "--prompt=")
+    assert "layers" in error_of(capsys, "fit", *base, "--model.layers=3", status=2)
+    assert "nothing.yaml" in error_of(capsys, "fit", "--config", "nothing.yaml", status=2)
+    (tmp_path / "wrong.yaml").write_text("trainer: {max_step: 3}\n")
+    assert "max_step" in error_of(capsys, "fit", *base, "--config", str(tmp_path / "wrong.yaml"), status=2)
+    assert "no file matches" in error_of(capsys, "fit", *base, "--data.files=/nowhere/*.txt")
+    assert "longer than the run's" in error_of(capsys, "fit", *base, "--taper.gate.warmup=100")
+    assert "No preset 'gpt9'" in error_of(capsys, "fit", *base, "--model.preset=gpt9")
+    assert "set model.overrides.vocab_size to 310" in error_of(capsys, "fit", *base, "--data.vocab_size=310")
+    other = ["--data.vocab_size=290", "--ckpt_path", str(last)]
+    assert "tokenizer" in error_of(capsys, "validate", *base, *other)
+    assert "other training data" in error_of(capsys, "fit", *base, "--data.max_documents=50", "--ckpt_path", str(last), "--data.tokenizer", str(run / "tokenizer.json"))  # fmt: skip
+    assert "there is no command 'train'" in error_of(capsys, "train", status=2)
+    baseline = fit(tmp_path, shards, "--config", str(CONFIGS / "taper/baseline.yaml"), "--trainer.max_steps=10")
+    plain = str(baseline / "checkpoints/last.ckpt")
+    assert "has no tapered norms" in error_of(capsys, "fold", "--ckpt", plain)
+    assert "taper/gate" not in scalars(baseline)
+    assert scalars(baseline)["taper/logit_norm"]
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from taperlit.cli import main; main(['--help']); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("False\n")
+    assert all(re.search(rf"^  {command} +\w", result.stdout, re.M) for command in COMMANDS)
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_print_config(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--print_config"])
+    assert exit.value.code == 0
+    assert ("ckpt_path" if command in ("fit", "validate", "test", "predict") else ":") in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_interrupted_run_ends_in_one_line(tmp_path, shards):
+    args = [sys.executable, "-m", "taperlit", "fit", "--config", str(CONFIGS / "pile_350m.yaml"), *SMALL]
+    args += ["--data.files", shards, "--trainer.max_steps=100000", f"--trainer.logger.save_dir={tmp_path}"]
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    while not list(tmp_path.glob("pile_350m/version_0/checkpoints/*.ckpt")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+    process.send_signal(2)
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert "Traceback" not in output
