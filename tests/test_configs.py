@@ -4,7 +4,6 @@ from unittest import mock
 
 import pytest
 import torch
-import yaml
 
 from taperlit.commands import TaperlitCLI, build_cli
 from taperlit.module import LanguageModel
@@ -54,8 +53,5 @@ def test_every_overlay_composes_with_every_run(run, overlay):
     assert config.data.as_dict() == before.data.as_dict()
 
 
-def test_the_folder_holds_what_the_readme_says():
-    assert {yaml.safe_load((CONFIGS / "taper" / f"{name}.yaml").read_text())["model"]["taper"] for name in OVERLAYS} == {
-        "none", "internal", "all",
-    }  # fmt: skip
+def test_no_overlay_is_forgotten():
     assert {path.stem for path in (CONFIGS / "taper").glob("*.yaml")} == set(OVERLAYS)

@@ -229,7 +229,7 @@ class TextDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """The same held-out blocks; Lightning rebuilds this loader around indices, which only torch's own allows."""
         sampler = self._sampler("val", train=False)
-        return DataLoader(self._blocks["val"], self.hparams.batch_size, sampler=sampler, **self._workers)
+        return DataLoader(self._blocks["val"], batch_size=self.hparams.batch_size, sampler=sampler, **self._workers)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to be used alone (tokenizer, a few held-out blocks), and to be resumed rightly."""

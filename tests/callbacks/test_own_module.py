@@ -77,7 +77,7 @@ def all_callbacks(tmp_path, **anchor):
 
 def test_all_of_them_together(tmp_path):
     logger = L.pytorch.loggers.TensorBoardLogger(tmp_path, "logs")
-    model, trainer = fit(tmp_path, all_callbacks(tmp_path), logger=logger)
+    model, _ = fit(tmp_path, all_callbacks(tmp_path), logger=logger)
     expected = [1.0] * 5 + [(1 + torch.tensor(torch.pi * k / 10).cos().item()) / 2 for k in range(1, 10)] + [0.0] * 6
     assert model.gates == pytest.approx(expected, abs=1e-6)
     config = json.loads((tmp_path / "folded/config.json").read_text())
@@ -288,7 +288,7 @@ def test_each_alone(tmp_path):
     model, _ = fit(tmp_path, [AlignmentFreeze(at=3)])
     assert all(norm.alignment != 1 for norm in tapered_norms(model).values())
     model, _ = fit(tmp_path, [ScaleAnchor("encoder.norm", at=0.5)], Classifier())  # a plain model, no taper at all
-    model, trainer = fit(tmp_path, [TaperMonitor(every=1)], Classifier())
+    model, _ = fit(tmp_path, [TaperMonitor(every=1)], Classifier())
     assert len(model.losses) == 20
 
 
@@ -309,7 +309,7 @@ def test_fold_needs_an_example_and_a_free_directory(tmp_path):
     model = Classifier()
     taper(model)
     model.example_input_array = None
-    with pytest.raises(TaperlitError, match="set self.example_input_array"):
+    with pytest.raises(TaperlitError, match=r"set self\.example_input_array"):
         fit(tmp_path, [FoldOnEnd(str(tmp_path / "folded"))], model)
     (tmp_path / "folded").mkdir()
     with pytest.raises(TaperlitError, match="folded exists"):

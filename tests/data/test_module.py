@@ -1,3 +1,4 @@
+import itertools
 import json
 import multiprocessing
 import os
@@ -152,6 +153,10 @@ def loader(count, batch, rank=0, world=1, seed=0, train=True, **options):
     return ResumableLoader(blocks, BlockSampler(blocks, batch, rank, world, seed, train), **options)
 
 
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
 def drain(loader, epoch=None):
     if epoch is not None:
         loader.sampler.set_epoch(epoch)
@@ -169,9 +174,9 @@ def drain(loader, epoch=None):
 )
 def test_resumed_order_neither_repeats_nor_skips(count, batch, world, seed, epoch, stop):
     whole = drain(loader(count, batch * world, seed=seed), epoch)
-    assert len(set(sum(whole, []))) == count // (batch * world) * batch * world
+    assert len(set(flat(whole))) == count // (batch * world) * batch * world
     ranks = [drain(loader(count, batch, rank, world, seed), epoch) for rank in range(world)]
-    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == whole  # the same global batches
+    assert [flat(parts) for parts in zip(*ranks, strict=True)] == whole  # the same global batches
     for rank in range(world):
         first = loader(count, batch, rank, world, seed)
         first.sampler.set_epoch(epoch)
@@ -205,7 +210,7 @@ def test_position_counts_what_was_handed_out_not_what_workers_fetched():
 def test_evaluation_sees_every_block_once_in_as_many_batches_on_every_rank(count, batch, world):
     ranks = [drain(loader(count, batch, rank, world, train=False)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
-    blocks = sum((sum(batches, []) for batches in ranks), [])
+    blocks = flat(flat(batches) for batches in ranks)
     assert sorted(block for block in blocks if block >= 0) == list(range(count))
     assert len(blocks) - count < world
 

@@ -144,9 +144,10 @@ def test_layernorm_all_taper_with_a_tied_head(tmp_path, shards, capsys):
 def error_of(capsys, *args, status=1):
     capsys.readouterr()
     try:
-        assert main(list(args)) == status
+        code = main(list(args))
     except SystemExit as exit:
-        assert exit.code == status
+        code = exit.code
+    assert code == status
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("taperlit: error:")]
     assert len(lines) == 1
     return lines[0]
@@ -176,7 +177,8 @@ def test_what_goes_wrong_is_one_line(tmp_path, shards, capsys):
     assert "set model.overrides.vocab_size to 310" in error_of(capsys, "fit", *base, "--data.vocab_size=310")
     other = ["--data.vocab_size=290", "--ckpt_path", str(last)]
     assert "tokenizer" in error_of(capsys, "validate", *base, *other)
-    assert "other training data" in error_of(capsys, "fit", *base, "--data.max_documents=50", "--ckpt_path", str(last), "--data.tokenizer", str(run / "tokenizer.json"))  # fmt: skip
+    other = ["--data.max_documents=50", "--data.tokenizer", str(run / "tokenizer.json"), "--ckpt_path", str(last)]
+    assert "other training data" in error_of(capsys, "fit", *base, *other)
     assert "there is no command 'train'" in error_of(capsys, "train", status=2)
     baseline = fit(tmp_path, shards, "--config", str(CONFIGS / "taper/baseline.yaml"), "--trainer.max_steps=10")
     plain = str(baseline / "checkpoints/last.ckpt")
