@@ -13,6 +13,9 @@ from taperlit.errors import TaperlitError
 from taperlit.schedule import resolve_steps, warmup_cosine
 from taperlit.transformer import Taper, Transformer, TransformerOverrides
 
+# What a metric does with a NaN: keep it. torchmetrics' own default drops it, and its "disable" drops the weights.
+NAN = float("nan")
+
 
 class Perplexity(MeanMetric):
     """Exponential of the token-weighted mean loss."""
@@ -60,8 +63,8 @@ class LanguageModel(L.LightningModule):
         self.save_hyperparameters()
         self.config = config_from_hparams(preset, taper, overrides)
         self.model: Transformer | None = None
-        self.val_loss, self.val_perplexity = MeanMetric("disable"), Perplexity("disable")
-        self.test_loss, self.test_perplexity = MeanMetric("disable"), Perplexity("disable")
+        self.val_loss, self.val_perplexity = MeanMetric(NAN), Perplexity(NAN)
+        self.test_loss, self.test_perplexity = MeanMetric(NAN), Perplexity(NAN)
         self.example_input_array = torch.zeros(1, min(8, self.config.block_size), dtype=torch.int64)
 
     def configure_model(self) -> None:

@@ -126,13 +126,15 @@ class TaperNorm(Float32State):
         self.register_buffer("alignment_updates", torch.zeros((), dtype=torch.int64, device=device))
         self.pending = torch.zeros(3, dtype=torch.float32, device=device)  # numerator, denominator, micro-batches
         self.gate = Gate()
+        # Found here first, by owner and borrowers alike, so that torch.compile makes one graph for both.
+        self.__dict__["gate"] = self._modules["gate"]
         if gate is not None:
             self.borrow(gate)
 
     def borrow(self, gate: Gate) -> None:
         """Use another norm's gate."""
-        self._modules.pop("gate", None)
-        self.__dict__["gate"] = gate  # past nn.Module's registration: the lender's state dict has it
+        self._modules.pop("gate", None)  # the lender's state dict has it
+        self.__dict__["gate"] = gate
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

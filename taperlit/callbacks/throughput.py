@@ -20,7 +20,7 @@ class TokenThroughput(L.Callback):
         window: optimizer steps averaged over.
     """
 
-    def __init__(self, window: int = 50) -> None:
+    def __init__(self, window: int = 20) -> None:
         self.window = window
         self.tokens = 0
         self._elapsed, self._since = 0.0, 0.0

@@ -1,0 +1,141 @@
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from taperlit import AlignmentFreeze, GateSchedule, LanguageModel, ScaleAnchor
+from taperlit.callbacks import TokenThroughput
+from taperlit.errors import TaperlitError
+from taperlit.norm import tapered_norms
+
+SHAPE = dict(vocab_size=100, block_size=16, n_layer=2, n_head=2, d_model=16, d_ff=32)
+
+
+def trainer(tmp_path, steps=12, **options):
+    return L.Trainer(
+        max_steps=steps, accelerator="cpu", default_root_dir=tmp_path, enable_progress_bar=False,
+        enable_model_summary=False, **{"logger": False, "enable_checkpointing": False, **options},
+    )  # fmt: skip
+
+
+def blocks(count=48, batch_size=4, seed=0):
+    data = torch.randint(100, (count, 17), generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.DataLoader(data, batch_size=batch_size)
+
+
+def test_only_matrices_decay(tmp_path):
+    module = LanguageModel("gpt2_124m", "internal", {**SHAPE, "position": "learned"}, weight_decay=0.3)
+    trainer(tmp_path, steps=1).fit(module, blocks())
+    decay, keep = module.trainer.optimizers[0].param_groups
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    assert decay["weight_decay"] == 0.3
+    assert keep["weight_decay"] == 0.0
+    decayed = {names[p] for p in decay["params"]}
+    assert decayed == {n for n in names.values() if ".blocks." in n and n.endswith("proj.weight")}
+    assert {names[p] for p in keep["params"]} == set(names.values()) - decayed
+
+
+def test_validation_is_the_mean_over_tokens_with_a_ragged_last_batch(tmp_path):
+    module = LanguageModel("small_1m", "none", SHAPE)
+    module.configure_model()
+    data = torch.randint(100, (7, 17))
+    data[-1] = -100  # padding
+    data[3, 5:] = -100
+    metrics = trainer(tmp_path).validate(module, torch.utils.data.DataLoader(data, batch_size=3), verbose=False)[0]
+    with torch.no_grad():
+        logits = module(data[:, :-1].clamp(min=0)).double()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
+    assert metrics["val/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["val/perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_not_hidden(tmp_path):
+    module = LanguageModel("small_1m", "none", SHAPE)
+    module.configure_model()
+    with torch.no_grad():
+        module.model.head.weight[0] = float("nan")
+    metrics = trainer(tmp_path).validate(module, blocks(), verbose=False)[0]
+    assert metrics["val/loss"] != metrics["val/loss"]
+
+
+def test_a_whole_compiled_run_makes_one_graph_a_phase(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend=counter, **options))
+    module = LanguageModel("small_1m", "internal", SHAPE, compile=True)
+    phases = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            phases.append((next(iter(tapered_norms(pl_module).values())).gate.phase.value, counter.frame_count))
+
+    callbacks = [GateSchedule(0.25, 0.75), AlignmentFreeze(), ScaleAnchor("model.final_norm"), Watch()]
+    trainer(tmp_path, callbacks=callbacks).fit(module, blocks())
+    graphs = dict(phases)  # graphs so far, at the end of each phase
+    assert list(graphs) == ["normalize", "blend", "linear"]
+    assert graphs == {"normalize": 1, "blend": 2, "linear": 3}
+
+
+def test_compiled_and_eager_runs_agree(tmp_path, monkeypatch):
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend="aot_eager", **options))
+    results = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        L.seed_everything(0, verbose=False)
+        module = LanguageModel("small_1m", "internal", SHAPE, compile=compile)
+        trainer(tmp_path, callbacks=[GateSchedule(0.25, 0.75), AlignmentFreeze()]).fit(module, blocks())
+        results.append(module.state_dict())
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_statistics_are_float32_in_every_precision(tmp_path, precision):
+    L.seed_everything(0, verbose=False)
+    module = LanguageModel("gpt2_124m", "internal", SHAPE)
+    anchor = ScaleAnchor("model.final_norm")
+    fit = trainer(tmp_path, callbacks=[GateSchedule(0.25, 0.75), AlignmentFreeze(), anchor], precision=precision)
+    fit.fit(module, blocks())
+    for norm in tapered_norms(module).values():
+        assert norm.alignment.dtype == norm.alignment_ema.dtype == norm.gate.value.dtype == torch.float32
+        assert norm.alignment != 1
+        assert norm.gate.value == 0
+    assert anchor.target.dtype == torch.float32
+    assert fit.callback_metrics["train/loss"].dtype == torch.float32
+
+
+def test_gradients_and_learning_rate_are_logged(tmp_path):
+    module = LanguageModel("small_1m", "none", SHAPE, lr=0.01, warmup=4)
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+    throughput = TokenThroughput(window=4)
+    logger = L.pytorch.loggers.CSVLogger(tmp_path)
+    options = {"logger": logger, "log_every_n_steps": 1, "gradient_clip_val": 1e-3}
+    trainer(tmp_path, callbacks=[throughput, Watch()], **options).fit(module, blocks())
+    assert [round(m["train/lr"], 6) for m in seen[:5]] == [0.0025, 0.005, 0.0075, 0.01, 0.01]
+    assert all(m["train/grad_norm"] > 1e-3 for m in seen)  # before clipping
+    assert seen[-1]["train/tokens"] == throughput.tokens == 12 * 4 * 16
+    assert seen[-1]["train/tokens_per_s"] > 0
+
+
+def test_model_flops_are_six_a_parameter_and_attention():
+    module = LanguageModel("small_9m")
+    c, T = module.config, 512
+    with torch.device("meta"):
+        module.configure_model()
+    matrices = sum(p.numel() for n, p in module.named_parameters() if p.ndim == 2)  # the tied one serves the head
+    attention = 12 * c.n_layer * c.d_model * T
+    assert module.flops_per_token(T) == pytest.approx(6 * matrices + attention, rel=0.15)
+
+
+def test_max_steps_is_asked_for(tmp_path):
+    module = LanguageModel("small_1m", "none", SHAPE, warmup=2)
+    with pytest.raises(TaperlitError, match=r"Set trainer\.max_steps"):
+        trainer(tmp_path, steps=-1, max_epochs=1).fit(module, blocks())
