@@ -58,14 +58,16 @@ class _Parser(_OneLineErrors, ArgumentParser):
 
 
 class RunRecord(SaveConfigCallback):
-    """Saves the exact config and the tokenizer beside the run's logs."""
+    """Saves the exact config and the tokenizer of a fit beside its logs."""
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``tokenizer.json``; ``config.yaml`` is Lightning's part."""
-        directory = Path(trainer.log_dir or trainer.default_root_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        if trainer.datamodule.tokenizer_json is not None:
-            (directory / "tokenizer.json").write_text(trainer.datamodule.tokenizer_json)
+        if stage != "fit":
+            return
+        directory = trainer.log_dir  # every rank must ask: the answer is broadcast
+        super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero:
+            (Path(directory) / "tokenizer.json").write_text(trainer.datamodule.tokenizer_json)
 
 
 class TaperlitCLI(LightningCLI):
@@ -142,7 +144,7 @@ def run(command: str, args: list[str]) -> None:
         options.pop("config", None)
         function(**options)
         return
-    sys.argv = ["taperlit", command, *args]  # where LightningCLI looks
+    sys.argv = [sys.argv[0], command, *args]  # where LightningCLI looks, and what a DDP launch runs again
     try:
         build_cli()
     except (MisconfigurationException, FileNotFoundError) as error:

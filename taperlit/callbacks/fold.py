@@ -55,13 +55,10 @@ class FoldOnEnd(L.Callback):
                 f"FoldOnEnd runs {type(pl_module).__name__}.forward to see what each norm feeds: "
                 "set self.example_input_array in it."
             )
-        if self._path(trainer).exists() and not self.force:
-            raise TaperlitError(f"{self._path(trainer)} exists; give FoldOnEnd another directory or force=True.")
-
-    def _path(self, trainer: L.Trainer) -> Path:
-        if self.directory is not None:
-            return Path(self.directory)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "folded"
+        # Every rank must ask for log_dir: the answer is broadcast.
+        self._path = Path(self.directory or Path(trainer.log_dir or trainer.default_root_dir) / "folded")
+        if self._path.exists() and not self.force:
+            raise TaperlitError(f"{self._path} exists; give FoldOnEnd another directory or force=True.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fold and write."""
@@ -77,7 +74,7 @@ class FoldOnEnd(L.Callback):
             rank_zero_warn(f"Not folded: {error}")
             return
         path = write_folded(
-            self._path(trainer),
+            self._path,
             folded,
             [str(norm) for norm in report],
             getattr(trainer.datamodule, "tokenizer_json", None),
