@@ -112,7 +112,10 @@ class TaperlitCLI(LightningCLI):
         if missing(ModelCheckpoint) and config["enable_checkpointing"] is not False:
             callbacks.append(RunCheckpoint())
         config["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:  # Lightning's word on a strategy or device that there is not
+            raise TaperlitError(" ".join(str(error).split())) from error
 
 
 def build_cli() -> TaperlitCLI:

@@ -49,12 +49,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         TaperlitError: no such file, a damaged one, or the hub cannot be reached.
     """
     path = Path(name).expanduser()
+    if path.suffix == ".json" and not path.exists():
+        raise TaperlitError(f"data.tokenizer: there is no file {path}.")
     try:
-        if path.suffix == ".json" or path.exists():
-            return Tokenizer.from_str(path.read_text())
-        return Tokenizer.from_pretrained(name)
-    except FileNotFoundError as error:
-        raise TaperlitError(f"data.tokenizer: there is no file {path}.") from error
+        return Tokenizer.from_str(path.read_text()) if path.exists() else Tokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = " ".join(str(error).split())[:200]
         raise TaperlitError(f"The tokenizer {name!r} cannot be loaded: {reason}") from error

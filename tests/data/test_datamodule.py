@@ -128,6 +128,19 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(corpus, tmp_path):
         load_tokenizer(str(tmp_path / "broken.json"))
 
 
+def test_a_tokenizer_from_the_hub(monkeypatch):
+    tokenizer = train_tokenizer(iter(["abc"]), 257)
+    monkeypatch.setattr(Tokenizer, "from_pretrained", lambda name: tokenizer)
+    assert load_tokenizer("someone/tokenizer") is tokenizer
+
+    def offline(name):
+        raise FileNotFoundError("cannot reach\nthe hub")
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", offline)
+    with pytest.raises(TaperlitError, match="'gpt2' cannot be loaded: cannot reach the hub"):
+        load_tokenizer("gpt2")
+
+
 def test_large_vocabularies_take_four_bytes(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "get_vocab_size", lambda self, *a: 70000)
     tokenizer = train_tokenizer(iter(["abc"]), 257)

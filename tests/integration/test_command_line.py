@@ -179,6 +179,7 @@ def test_what_goes_wrong_is_one_line(tmp_path, shards, capsys):
     assert "tokenizer" in error_of(capsys, "validate", *base, *other)
     other = ["--data.max_documents=50", "--data.tokenizer", str(run / "tokenizer.json"), "--ckpt_path", str(last)]
     assert "other training data" in error_of(capsys, "fit", *base, *other)
+    assert "nonsense" in error_of(capsys, "fit", *base, "--trainer.strategy=nonsense")
     assert "there is no command 'train'" in error_of(capsys, "train", status=2)
     baseline = fit(tmp_path, shards, "--config", str(CONFIGS / "taper/baseline.yaml"), "--trainer.max_steps=10")
     plain = str(baseline / "checkpoints/last.ckpt")
@@ -201,6 +202,42 @@ def test_print_config(command, capsys):
         main([command, "--print_config"])
     assert exit.value.code == 0
     assert ("ckpt_path" if command in ("fit", "validate", "test", "predict") else ":") in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_tools_report_and_draw_a_run(tmp_path, shards):
+    run = fit(tmp_path, shards)
+    assert main(["fold", "--ckpt", str(run / "checkpoints/last.ckpt")]) == 0
+
+    def tool(name, *args):
+        command = [sys.executable, str(CONFIGS.parent / "tools" / name), *map(str, args)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    report = tool("report.py", run, run / "checkpoints/last-folded")
+    assert re.search(r"gate +1 -> 0\n", report)
+    assert len(re.findall(r"\d tokens/s", report)) == 2
+    assert float(re.search(r"largest logit difference +(\S+)", report)[1]) < 1e-4
+    tool("plot_traces.py", run, tmp_path / "traces.png")
+    assert (tmp_path / "traces.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_processes_see_what_one_sees(tmp_path, shards):
+    runs = []
+    for devices in (1, 2):
+        command = [sys.executable, "-m", "taperlit", "fit", "--config", str(CONFIGS / "pile_350m.yaml"), *SMALL]
+        command += ["--data.files", shards, f"--trainer.devices={devices}", f"--data.batch_size={4 // devices}"]
+        command += [f"--trainer.strategy={'ddp' if devices > 1 else 'auto'}"]
+        command += [f"--trainer.logger.save_dir={tmp_path}", f"--trainer.logger.name=on{devices}"]
+        subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+        runs.append(scalars(tmp_path / f"on{devices}/version_0"))
+    one, two = runs
+    for tag in ("val/loss", "val/perplexity", "taper/pre_logit_rms", "train/grad_norm"):
+        rel = 0.05 if tag == "taper/pre_logit_rms" else 1e-3  # the first is rank 0's own
+        assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]], rel=rel), tag
+    for tag in [tag for tag in one if tag.startswith("taper/alignment/")]:
+        assert two[tag][-1][1] == pytest.approx(one[tag][-1][1], rel=1e-4)
+    assert two["train/tokens"] == one["train/tokens"]
 
 
 @pytest.mark.slow
