@@ -227,6 +227,14 @@ class TaperNorm(Float32State):
         """The two bias-corrected EMAs, ``E[||h D||^2 / r]`` and ``E[||h D||^2]``: (2,) float32."""
         return self.alignment_ema / (1 - (1 - self.ema_rate) ** self.alignment_updates)
 
+    @property
+    def alignment_estimate(self) -> Tensor:
+        """``c``: the frozen one, or before the boundary what it would be by the statistics so far. 0-d float32."""
+        if self.gate.phase is not Phase.NORMALIZE:
+            return self.alignment
+        numerator, denominator = self.alignment_moments
+        return torch.where(self.alignment_updates > 0, numerator / denominator, self.alignment)
+
     @torch.no_grad()
     def freeze(self) -> None:
         """The boundary: set ``c`` to its least-squares value and copy ``gamma``, ``beta`` to ``gamma~``, ``beta~``.

@@ -33,6 +33,7 @@ def main() -> None:
     for index, tag in enumerate(scalar_tags):
         name = tag.removeprefix("taper/alignment/").removeprefix("model.")
         draw(axes[0, 1], tag, name, color=plt.cm.viridis(index / max(1, len(scalar_tags) - 1)))
+    axes[0, 1].set_yscale("log")
     axes[0, 1].set_title("alignment scalar c of every layer")
     axes[0, 1].legend(fontsize=6, ncols=2)
     draw(axes[1, 0], "taper/pre_logit_rms", "pre-logit RMS")

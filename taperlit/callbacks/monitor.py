@@ -16,10 +16,10 @@ from taperlit.norm import TaperNorm, tapered_norms
 class TaperMonitor(L.Callback):
     """Sends traces to the loggers every so many optimizer steps.
 
-    ``taper/gate``; ``taper/alignment/<norm>``, every ``c``; ``taper/gain_mean/<norm>`` and ``taper/gain_std/<norm>``
-    of the gains in use (``g gamma + (1 - g) c gamma~``); ``taper/pre_logit_rms``; ``taper/logit_norm`` (mean over
-    tokens of the logits' 2-norm); ``grad_norm/<weight type>``, layers taken together, as in figure 4 of
-    arXiv:2602.10408. A model without TaperNorm gets the last three, so a baseline can be compared.
+    ``taper/gate``; ``taper/alignment/<norm>``, every ``c`` (its estimate so far, while the gate is 1);
+    ``taper/gain_mean/<norm>`` and ``taper/gain_std/<norm>`` of the gains in use (``g gamma + (1 - g) c gamma~``);
+    ``taper/pre_logit_rms``; ``taper/logit_norm`` (mean over tokens of the logits' 2-norm); ``grad_norm/<weight
+    type>``, layers taken together, as in figure 4 of arXiv:2602.10408. A model without TaperNorm gets the last three, so a baseline can be compared.
 
     Args:
         every: optimizer steps between two records.
@@ -86,7 +86,7 @@ class TaperMonitor(L.Callback):
             gate = next(iter(self._norms.values())).gate.value
             values["taper/gate"] = gate
             for name, norm in self._norms.items():
-                values[f"taper/alignment/{name}"] = norm.alignment
+                values[f"taper/alignment/{name}"] = norm.alignment_estimate
                 if norm.weight is not None:
                     gain = torch.lerp(norm.alignment * norm.taper_weight.float(), norm.weight.float(), gate)
                     values[f"taper/gain_mean/{name}"] = gain.mean()

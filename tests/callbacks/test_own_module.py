@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -99,7 +100,11 @@ def test_all_of_them_together(tmp_path):
     tags = events.Tags()["scalars"]
     for tag in ("taper/gate", "taper/pre_logit_rms", "taper/logit_norm", "grad_norm/encoder.layers.linear1.weight"):
         assert tag in tags
-    assert sum(tag.startswith("taper/alignment/") for tag in tags) == 4
+    norms = tapered_norms(model)
+    for name, norm in norms.items():
+        trace = [event.value for event in events.Scalars(f"taper/alignment/{name}")]
+        assert trace[3:] == [norm.alignment.item()] * 7  # frozen at step 5
+        assert len({*trace[:3]}) == 3  # and estimated until then
     assert [event.step for event in events.Scalars("taper/gate")] == list(range(0, 20, 2))
     assert [event.value for event in events.Scalars("taper/gate")] == pytest.approx(expected[::2], abs=1e-6)
 
@@ -324,3 +329,11 @@ def test_a_resumed_run_keeps_its_boundaries(tmp_path):
     model, _ = fit(tmp_path, [again, AlignmentFreeze()], steps=40, resume=tmp_path / "end.ckpt")
     assert set(model.gates) == {0.0}
     assert shared_gate(model).phase is Phase.LINEAR
+
+
+def test_the_readmes_lines_run_as_they_stand(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0].replace("10_000", "20")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"MyEncoder": Classifier, "datamodule": Classifier().train_dataloader()})
+    assert (tmp_path / "folded/model.safetensors").exists()
