@@ -1,4 +1,4 @@
-"""Checkpoints and folded models on disk: read without executing code, written whole or not at all."""
+"""Checkpoints and folded models from disk, read without executing code."""
 
 import json
 from dataclasses import dataclass
@@ -6,14 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_model as load_safetensors
-from safetensors.torch import save_model as save_safetensors
-from torch import nn
 
 from taperlit.errors import TaperlitError
-from taperlit.files import write_directory
+from taperlit.fold import FORMAT
 from taperlit.transformer import Transformer, TransformerConfig
-
-FORMAT = "taperlit-folded-1"
 
 
 @dataclass
@@ -107,31 +103,3 @@ def load_folded(directory: str | Path) -> LoadedModel:
 def load_model(path: str | Path) -> LoadedModel:
     """A folded model's directory or a checkpoint, whichever ``path`` is."""
     return load_folded(path) if Path(path).is_dir() else load_checkpoint(path)
-
-
-def write_folded(
-    directory: str | Path, model: nn.Module, folded: list[str], tokenizer_json: str | None, force: bool = False
-) -> Path:
-    """Write ``model.safetensors``, ``config.json`` and ``tokenizer.json``: all of them or nothing.
-
-    Args:
-        directory: made here; its files appear under this name only when all are safely on disk.
-        model: the folded model. A ``config_dict()`` of its own goes into ``config.json``.
-        folded: a line for each norm that is gone.
-        tokenizer_json: the tokenizer's text, or None.
-        force: replace a directory that exists.
-
-    Raises:
-        TaperlitError: the directory exists, or cannot be written.
-    """
-    config = {"format": FORMAT, "model_class": type(model).__name__, "folded_norms": folded}
-    if hasattr(model, "config_dict"):
-        config["model"] = model.config_dict()
-
-    def fill(partial: Path) -> None:
-        save_safetensors(model, str(partial / "model.safetensors"))
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer_json is not None:
-            (partial / "tokenizer.json").write_text(tokenizer_json)
-
-    return write_directory(Path(directory), fill, force)

@@ -15,17 +15,15 @@ from tokenizers import Tokenizer
 
 from taperlit.callbacks import StepProgressBar, TokenThroughput
 from taperlit.callbacks.checkpoint import RunCheckpoint
-from taperlit.callbacks.fold import TOLERANCE
 from taperlit.callbacks.predictions import PredictionWriter
-from taperlit.checkpoint import load_checkpoint, load_model, read_checkpoint, write_folded
+from taperlit.checkpoint import load_checkpoint, load_model, read_checkpoint
 from taperlit.cli import TRAINER_COMMANDS
 from taperlit.data import TextDataModule
 from taperlit.data.tokenizer import end_of_text_id
 from taperlit.errors import TaperlitError
-from taperlit.fold import check_gate, fold, largest_difference
+from taperlit.fold import TOLERANCE, check_gate, fold, largest_difference, write_folded
 from taperlit.generate import stream_text
 from taperlit.module import LanguageModel
-from taperlit.transformer import Affine
 
 # The callbacks that overlays swap by name. A list, as in trainer.callbacks, could only be replaced whole.
 SLOTS = {
@@ -185,7 +183,7 @@ def fold_checkpoint(
     model = loaded.model.float()
     folded = copy.deepcopy(model)
     tokens = loaded.sample[:, :-1].long()
-    report = fold(folded, lambda: folded(tokens[:1, :8]), tied=tied, affine=Affine)
+    report = fold(folded, lambda: folded(tokens[:1, :8]), tied=tied)
     difference = largest_difference(model(tokens), folded(tokens))
     print(f"largest difference, folded against unfolded, on {tokens.numel()} validation tokens: {difference:.2e}")
     if not difference <= TOLERANCE:

@@ -4,17 +4,24 @@
 identity in the RMSNorm kind. Computed in float64, stored in the weights' own dtype.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from taperlit.errors import TaperlitError
-from taperlit.norm import Phase, TaperNorm, shared_gate
+from taperlit.files import write_directory
+from taperlit.norm import Affine, Phase, TaperNorm, shared_gate
 from taperlit.surgery import Consumer, Feeds, find_consumers, require_tapered
+
+FORMAT = "taperlit-folded-1"
+TOLERANCE = 1e-3  # largest relative difference of outputs before and after folding that is still rounding
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,7 @@ class FoldedNorm:
 
 
 @torch.no_grad()
-def fold(
-    model: nn.Module,
-    run: Callable[[], object],
-    *,
-    tied: Literal["untie", "scale"] = "untie",
-    affine: Callable[[int, bool], nn.Module] | None = None,
-) -> list[FoldedNorm]:
+def fold(model: nn.Module, run: Callable[[], object], *, tied: Literal["untie", "scale"] = "untie") -> list[FoldedNorm]:
     """Fold every TaperNorm of a model, in place. Nothing is changed if any of them cannot be folded.
 
     Args:
@@ -54,7 +55,6 @@ def fold(
         run: runs the model once, so that what each norm feeds is seen and not guessed.
         tied: what to do with a norm whose consumer's matrix is used elsewhere too (a head tied to the embedding):
             give the consumer a copy of its own, or keep the norm's map as an explicit scale.
-        affine: builds that scale from the width and whether it centres; needed for ``tied="scale"``.
 
     Returns:
         What was folded into what.
@@ -67,15 +67,13 @@ def fold(
     feeds = find_consumers(model, run)
     for name, feed in feeds.items():
         _check_foldable(name, feed)
-    if tied == "scale" and affine is None:
-        raise TaperlitError('tied="scale" needs the module to put there: pass affine.')
     folded = []
     for name, norm in norms.items():
         parameters = sum(p.numel() for p in norm.parameters(recurse=False))
         consumers = feeds[name].consumers
         scale = bool(feeds[name].shared) and tied == "scale"
         if scale:
-            replacement = _explicit(norm, affine)
+            replacement = _explicit(norm)
         else:
             for weight in feeds[name].shared:
                 _untie(model, weight)
@@ -140,10 +138,10 @@ def _absorb(model: nn.Module, norm: TaperNorm, consumer: Consumer) -> None:
     parameter.copy_(folded.T if consumer.transposed else folded)
 
 
-def _explicit(norm: TaperNorm, affine: Callable[[int, bool], nn.Module]) -> nn.Module:
+def _explicit(norm: TaperNorm) -> Affine:
     gain, bias = norm.linear_map()
     reference = norm.taper_weight if norm.taper_weight is not None else norm.alignment
-    module = affine(math.prod(norm.normalized_shape), norm.centred).to(reference.device, reference.dtype)
+    module = Affine(math.prod(norm.normalized_shape), norm.centred).to(reference.device, reference.dtype)
     module.weight.copy_(gain)
     if bias is not None:
         module.bias.copy_(bias)
@@ -154,3 +152,31 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     """Largest ``|a - b|`` relative to the largest ``|a|``, in float64."""
     a, b = a.double(), b.double()
     return ((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item()
+
+
+def write_folded(
+    directory: str | Path, model: nn.Module, folded: list[str], tokenizer_json: str | None, force: bool = False
+) -> Path:
+    """Write ``model.safetensors``, ``config.json`` and ``tokenizer.json``: all of them or nothing.
+
+    Args:
+        directory: made here; its files appear under this name only when all are safely on disk.
+        model: the folded model. A ``config_dict()`` of its own goes into ``config.json``.
+        folded: a line for each norm that is gone.
+        tokenizer_json: the tokenizer's text, or None.
+        force: replace a directory that exists.
+
+    Raises:
+        TaperlitError: the directory exists, or cannot be written.
+    """
+    config = {"format": FORMAT, "model_class": type(model).__name__, "folded_norms": folded}
+    if hasattr(model, "config_dict"):
+        config["model"] = model.config_dict()
+
+    def fill(partial: Path) -> None:
+        save_model(model, str(partial / "model.safetensors"))
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer_json is not None:
+            (partial / "tokenizer.json").write_text(tokenizer_json)
+
+    return write_directory(Path(directory), fill, force)

@@ -341,6 +341,34 @@ class TaperLayerNorm(TaperNorm, nn.LayerNorm):
         self._init_taper(gate, ema_rate)
 
 
+class Affine(nn.Module):
+    """The linear phase as a module of its own, for a norm that cannot be folded: no statistic, no root, no gate.
+
+    Args:
+        d_model: width.
+        centred: the LayerNorm kind, which centres and has a bias.
+    """
+
+    def __init__(self, d_model: int, centred: bool) -> None:
+        super().__init__()
+        self.centred = centred
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if centred else None
+
+    def reset_parameters(self) -> None:
+        """The identity (but for the centring)."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_model) to the same shape."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        y = x * self.weight.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
 @torch.no_grad()
 def update_alignment(norms: Iterable[TaperNorm], all_reduce_mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
     """Fold the pending micro-batches of one optimizer step into every norm's EMAs, and clear them.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from taperlit.errors import TaperlitError
 from taperlit.loss import chunked_cross_entropy
-from taperlit.norm import Float32State, TaperLayerNorm, TaperRMSNorm, share_gate, tapered_norms
+from taperlit.norm import Affine, Float32State, TaperLayerNorm, TaperRMSNorm, share_gate, tapered_norms
 
 Taper = Literal["none", "internal", "all"]
 
@@ -156,29 +156,6 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Normal weights."""
         nn.init.normal_(self.weight, std=0.02)
-
-
-class Affine(nn.Module):
-    """The linear map of a tapered final norm, kept explicit where it cannot be folded: no statistic, no root."""
-
-    def __init__(self, d_model: int, centred: bool) -> None:
-        super().__init__()
-        self.centred = centred
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.bias = nn.Parameter(torch.zeros(d_model)) if centred else None
-
-    def reset_parameters(self) -> None:
-        """The identity (but for the centring)."""
-        nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d_model) to the same shape."""
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        y = x * self.weight.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 class Rope(Float32State):

@@ -4,9 +4,10 @@ import os
 import pytest
 import torch
 
-from taperlit.checkpoint import load_folded, load_model, read_checkpoint, write_folded
+from taperlit.checkpoint import load_folded, load_model, read_checkpoint
 from taperlit.errors import TaperlitError
 from taperlit.files import write_directory
+from taperlit.fold import write_folded
 
 
 def test_folded_model_round_trips(tiny, tmp_path):

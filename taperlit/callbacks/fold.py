@@ -11,13 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from taperlit.callbacks.partners import named_module
-from taperlit.checkpoint import write_folded
 from taperlit.errors import TaperlitError
-from taperlit.fold import check_gate, fold, largest_difference
+from taperlit.fold import TOLERANCE, check_gate, fold, largest_difference, write_folded
 from taperlit.surgery import require_tapered
-from taperlit.transformer import Affine
-
-TOLERANCE = 1e-3  # largest relative difference of outputs before and after folding that is still rounding
 
 
 class FoldOnEnd(L.Callback):
@@ -95,7 +91,7 @@ class FoldOnEnd(L.Callback):
             return clone(**example) if isinstance(example, dict) else clone(example)
 
         before = run()
-        report = fold(clone, run, tied=self.tied, affine=Affine)
+        report = fold(clone, run, tied=self.tied)
         difference = largest_difference(before, run())
         if not difference <= TOLERANCE:
             raise TaperlitError(f"folding changes the output by {difference:.1e}, more than {TOLERANCE:.0e}.")
