@@ -107,7 +107,8 @@ def _check_foldable(name: str, feed: Feeds) -> None:
     if feed.others:
         kinds = ", ".join(dict.fromkeys(feed.others))
         raise TaperlitError(
-            f"{name} feeds something that is not a linear map ({kinds}), so it cannot be folded; leave it untapered."
+            f"{name} feeds something that is not a linear map of its own ({kinds}), so it cannot be folded; "
+            "leave it untapered."
         )
 
 

@@ -81,8 +81,9 @@ class Feeds:
 
     Args:
         consumers: the linear maps.
-        others: the first few operations that are not linear maps, as torch names them.
-        shared: names of consumer weights that something else uses too (tied embeddings).
+        others: what cannot absorb the norm: operations that are not linear maps, as torch names them, and matrices
+            that other inputs use too.
+        shared: names of consumer weights that an embedding shares; a copy of its own makes such a one foldable.
     """
 
     consumers: list[Consumer]
@@ -181,16 +182,19 @@ def find_consumers(model: nn.Module, run: Callable[[], object]) -> dict[str, Fee
 
 def _feeds(model: nn.Module, watch: _Watch, name: str) -> Feeds:
     consumers: dict[str, Consumer] = {}
-    shared = []
+    others, shared = list(watch.others.get(name, [])), []
     for parameter, transposed in watch.products.get(name, []):
-        # Of a tied matrix's names, the embedding's is not the one that multiplies.
         names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
-        names.sort(key=lambda n: isinstance(model.get_submodule(n.rpartition(".")[0]), nn.Embedding))
+        # Of a tied matrix's names, the embedding's is not the one that multiplies.
+        multiplies = [n for n in names if not isinstance(model.get_submodule(n.rpartition(".")[0]), nn.Embedding)]
         elsewhere = any(parameter is p for other, ps in watch.products.items() if other != name for p, _ in ps)
         if elsewhere or parameter in watch.other_uses:
-            shared.append(names[0])
-        consumers[names[0]] = Consumer(names[0], _bias_name(names[0]), transposed)
-    return Feeds(list(consumers.values()), watch.others.get(name, []), shared)
+            if len(names) == 1 or len(multiplies) != 1:
+                others.append(f"{names[0]}, which other inputs use too")
+                continue
+            shared.append(multiplies[0])
+        consumers[multiplies[0]] = Consumer(multiplies[0], _bias_name(multiplies[0]), transposed)
+    return Feeds(list(consumers.values()), others, shared)
 
 
 def _bias_name(weight: str) -> str:

@@ -96,7 +96,7 @@ def test_a_post_norm_is_refused_by_name_and_nothing_changes():
     taper(model)
     tapered_to_zero(model)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(TaperlitError, match=r"norm1 feeds something that is not a linear map \(add\)"):
+    with pytest.raises(TaperlitError, match=r"norm1 feeds something that is not a linear map of its own \(add\)"):
         fold(model, lambda: model(torch.randn(2, 5, 32)))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert len(tapered_norms(model)) == 2
@@ -137,3 +137,21 @@ def test_a_norm_that_did_not_run_is_refused(tiny):
 def test_a_model_without_tapernorm_is_refused(tiny):
     with pytest.raises(TaperlitError, match="found no TaperNorm in Transformer"):
         fold(tiny(), lambda: None)
+
+
+@pytest.mark.parametrize("second", ["another norm", "no norm"])
+def test_a_matrix_that_other_inputs_use_is_refused(second):
+    class Reused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.linear = nn.RMSNorm(8), nn.RMSNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.linear(self.a(x))
+            return self.linear(self.b(y) if second == "another norm" else y)
+
+    model = Reused()
+    taper(model, ["a", "b"] if second == "another norm" else ["a"])
+    tapered_to_zero(model)
+    with pytest.raises(TaperlitError, match=r"a feeds .* \(linear\.weight, which other inputs use too\)"):
+        fold(model, lambda: model(torch.randn(2, 8)))
