@@ -1,5 +1,6 @@
 """The LightningModule: next-token loss, optimizer, learning rate, and what is logged."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -40,7 +41,8 @@ class LanguageModel(L.LightningModule):
         warmup: linear warm-up, in steps (int) or as a fraction of ``trainer.max_steps`` (float).
         min_lr_ratio: the cosine ends at this fraction of ``lr``.
         chunk_tokens: tokens whose logits are held at once.
-        compile: compile each block with ``torch.compile``.
+        compile: compile each block with ``torch.compile`` for training. Evaluation stays eager: its other shapes and
+            modes would each add a graph, where a run needs one a phase of the gate.
 
     Raises:
         TaperlitError: no such preset or override, or a value out of its range.
@@ -60,6 +62,8 @@ class LanguageModel(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        if chunk_tokens < 1:
+            raise TaperlitError(f"model.chunk_tokens must be at least 1, not {chunk_tokens}.")
         self.save_hyperparameters()
         self.config = config_from_hparams(preset, taper, overrides)
         self.model: Transformer | None = None
@@ -74,7 +78,7 @@ class LanguageModel(L.LightningModule):
         self.model = Transformer(self.config)
         if self.hparams.compile:
             for block in self.model.blocks:  # alike, so they share one graph a phase
-                block.compile()
+                block.compile(dynamic=False)
 
     def setup(self, stage: str) -> None:
         """Check that data and model belong together.
@@ -95,9 +99,13 @@ class LanguageModel(L.LightningModule):
                 f"set model.overrides.block_size to {block_size}."
             )
 
+    def _eager(self) -> AbstractContextManager:
+        return torch.compiler.set_stance("force_eager") if self.hparams.compile else nullcontext()
+
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, vocab_size) logits."""
-        return self.model(tokens)
+        with self._eager():
+            return self.model(tokens)
 
     def loss(self, batch: Tensor) -> tuple[Tensor, int]:
         """Mean next-token cross-entropy of (B, T + 1) blocks, and how many targets it is over."""
@@ -120,14 +128,15 @@ class LanguageModel(L.LightningModule):
         self._evaluate(batch, "test", self.test_loss, self.test_perplexity)
 
     def _evaluate(self, batch: Tensor, split: str, *metrics: MeanMetric) -> None:
-        loss, weight = self.loss(batch)
+        with self._eager():
+            loss, weight = self.loss(batch)
         for name, metric in zip(("loss", "perplexity"), metrics, strict=True):
             metric.update(loss, weight)
             self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """(B, T) float32 log-probabilities of each block's tokens, given those before them; 0 where none counts."""
-        logits = self.model(batch[:, :-1].clamp(min=0)).float()
+        logits = self(batch[:, :-1].clamp(min=0)).float()
         targets = batch[:, 1:]
         return -nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
