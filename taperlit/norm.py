@@ -125,16 +125,20 @@ class TaperNorm(Float32State):
         self.register_buffer("alignment_ema", torch.zeros(2, dtype=torch.float32, device=device))
         self.register_buffer("alignment_updates", torch.zeros((), dtype=torch.int64, device=device))
         self.pending = torch.zeros(3, dtype=torch.float32, device=device)  # numerator, denominator, micro-batches
-        self.gate = Gate()
-        # Found here first, by owner and borrowers alike, so that torch.compile makes one graph for both.
-        self.__dict__["gate"] = self._modules["gate"]
-        if gate is not None:
-            self.borrow(gate)
+        # A child of owner and borrowers alike, so that torch.compile makes one graph for both.
+        self.gate = Gate() if gate is None else gate
+        self.owns_gate = gate is None
 
     def borrow(self, gate: Gate) -> None:
         """Use another norm's gate."""
-        self._modules.pop("gate", None)  # the lender's state dict has it
-        self.__dict__["gate"] = gate
+        self.gate, self.owns_gate = gate, False
+
+    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, Tensor]:
+        """As torch's; a borrowed gate is left to its owner."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if not self.owns_gate:
+            del state[f"{prefix}gate.value"]
+        return state
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -276,6 +280,8 @@ class TaperNorm(Float32State):
                 twin = key.replace(prefix + "taper_", prefix)
                 if twin in state_dict or key not in plain:
                     state_dict.setdefault(key, state_dict.get(twin, value))
+        if not self.owns_gate:
+            state_dict[f"{prefix}gate.value"] = self.gate.value
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

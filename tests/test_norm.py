@@ -57,7 +57,8 @@ def test_every_phase_is_the_papers_formula(kind, shape, width, exponent, g, c, d
     x = (torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed)) * 10**exponent).to(dtype)
     y = norm(x)
     expected = reference(norm, x, norm.gate.value.item(), c)
-    assert y.dtype == dtype
+    # Where the weights' dtype is another, torch's own RMSNorm has returned either in its time.
+    assert y.dtype == dtype or (g == 1.0 and y.dtype == kind[1](width)(x).dtype)
     assert y.shape == x.shape
     # Centring cancels: its error is relative to the token's largest entry, and the two branches may cancel as well.
     size = expected.abs().max() + (1 - g) * c * x.double().abs().max() * 2 + (g * 4 if g else 0)
