@@ -62,10 +62,10 @@ class ScaleAnchor(L.Callback):
         if self.kind is None:
             self.kind = "layernorm" if isinstance(module, nn.LayerNorm) else "rmsnorm"
         hook = module.register_forward_pre_hook(self._on_residual)
-        self._undo = [hook.remove, functools.partial(self._wrap(pl_module), pl_module)]
+        self._undo = [hook.remove, self._wrap(pl_module)]
 
-    def _wrap(self, pl_module: L.LightningModule) -> Callable[[L.LightningModule], None]:
-        original = pl_module.training_step
+    def _wrap(self, pl_module: L.LightningModule) -> Callable[[], None]:
+        original, another = pl_module.training_step, vars(pl_module).get("training_step")
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -74,12 +74,22 @@ class ScaleAnchor(L.Callback):
             return self._add_penalty(pl_module, output)
 
         pl_module.training_step = training_step
-        return lambda module: module.__dict__.pop("training_step", None)
+
+        def undo() -> None:
+            del pl_module.training_step
+            if another is not None:  # a wrapper that was there before
+                pl_module.training_step = another
+
+        return undo
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the model back as it was."""
         while self._undo:
             self._undo.pop()()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Likewise: Lightning calls no teardown after an error."""
+        self.teardown(trainer, pl_module, "fit")
 
     def scale(self, h: Tensor, eps: float) -> Tensor:
         """``s(h)`` of (..., d_model): (...) float32."""
@@ -96,7 +106,8 @@ class ScaleAnchor(L.Callback):
         if self.target is None:
             self._scales.append(s.detach().mean())
         else:
-            self._penalties.append((s - self.target.to(s.device)).square().mean())
+            self.target = self.target.to(s.device)  # a resumed one comes from the CPU
+            self._penalties.append((s - self.target).square().mean())
 
     def _add_penalty(self, pl_module: L.LightningModule, output: Any) -> Any:
         if self.target is None:

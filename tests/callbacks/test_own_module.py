@@ -276,6 +276,7 @@ def test_an_anchor_that_never_runs_is_told_so(tmp_path):
     model.unused = nn.Linear(2, 2)
     with pytest.raises(TaperlitError, match="'unused' did not run"):
         fit(tmp_path, [ScaleAnchor("unused", at=3)], model)
+    assert "training_step" not in vars(model)
 
 
 def test_arguments_out_of_range():
