@@ -17,7 +17,7 @@ class LoadedModel:
     """A model read from disk.
 
     Args:
-        model: in eval mode, float32 unless it was stored otherwise.
+        model: in eval mode and float32, whatever it was stored in.
         tokenizer_json: the text of its ``tokenizer.json``, or None where none was stored.
         sample: (n, T) token blocks of its validation split, or None.
     """

@@ -179,9 +179,7 @@ def fold_checkpoint(
     check_gate(loaded.model)
     if loaded.sample is None:
         raise TaperlitError(f"{ckpt} holds no validation blocks to check the folding on; it was not made by this fit.")
-    dtype = loaded.model.head.weight.dtype
-    model = loaded.model.float()
-    folded = copy.deepcopy(model)
+    model, folded = loaded.model, copy.deepcopy(loaded.model)
     tokens = loaded.sample[:, :-1].long()
     report = fold(folded, lambda: folded(tokens[:1, :8]), tied=tied)
     difference = largest_difference(model(tokens), folded(tokens))
@@ -189,7 +187,7 @@ def fold_checkpoint(
     if not difference <= TOLERANCE:
         raise TaperlitError(f"Folding changed the logits by {difference:.1e} (relative), more than {TOLERANCE:.0e}.")
     lines = [str(norm) for norm in report]
-    write_folded(directory, folded.to(dtype), lines, loaded.tokenizer_json, force)
+    write_folded(directory, folded, lines, loaded.tokenizer_json, force)
     gone = [norm for norm in report if not norm.scale]
     print(f"removed {len(gone)} norms with {sum(norm.parameters for norm in gone)} parameters:")
     print("\n".join(f"  {line}" for line in lines))

@@ -107,7 +107,7 @@ class LanguageModel(L.LightningModule):
         with self._eager():
             return self.model(tokens)
 
-    def loss(self, batch: Tensor) -> tuple[Tensor, int]:
+    def loss(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Mean next-token cross-entropy of (B, T + 1) blocks, and how many targets it is over."""
         targets = batch[:, 1:]
         loss = self.model(batch[:, :-1].clamp(min=0), targets, chunk_tokens=self.hparams.chunk_tokens)

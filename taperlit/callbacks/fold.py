@@ -83,6 +83,8 @@ class FoldOnEnd(L.Callback):
         # A copy of the module alone: hooks and back-references keep pointing at the callbacks, not at copies of them.
         memo = {id(trainer): None, **{id(callback): callback for callback in trainer.callbacks}}
         clone = copy.deepcopy(pl_module, memo).eval()
+        if clone.dtype.itemsize < 4:  # half precision's own rounding would hide what folding changes
+            clone.float()
         example = trainer.strategy.batch_to_device(pl_module.example_input_array)
 
         def run() -> torch.Tensor:

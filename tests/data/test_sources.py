@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taperlit.data import sources
-from taperlit.data.sources import Piece, expand_globs, python_files, read_files, read_hub
+from taperlit.data.sources import expand_globs, python_files, read_files, read_hub
 from taperlit.errors import TaperlitError
 
 TEXTS = ["first\ndocument", "second: ünïcödé 漢字\u2028same document", 'third "quoted" \\ back\\slash']
@@ -150,7 +150,3 @@ def test_hub_rows_and_a_hub_out_of_reach(monkeypatch):
     with pytest.raises(TaperlitError, match=r"'offline/set' cannot be loaded .*set data\.files") as error:
         list(read_hub("offline/set", None, "train", True, "text"))
     assert "\n" not in str(error.value)
-
-
-def test_pieces_compare_by_value():
-    assert Piece("a", b"x", True) == Piece("a", b"x", True)
