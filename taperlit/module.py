@@ -9,9 +9,13 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from taperlit.callbacks.partners import keep_buffers_float32
 from taperlit.checkpoint import config_from_hparams
 from taperlit.errors import TaperlitError
+from taperlit.parallel import parallelize
+from taperlit.ranks import gradient_norms, mean_over_ranks
 from taperlit.schedule import resolve_steps, warmup_cosine
+from taperlit.sharding import local
 from taperlit.transformer import Taper, Transformer, TransformerOverrides
 
 # What a metric does with a NaN: keep it. torchmetrics' own default drops it, and its "disable" drops the weights.
@@ -43,6 +47,7 @@ class LanguageModel(L.LightningModule):
         chunk_tokens: tokens whose logits are held at once.
         compile: compile each block with ``torch.compile`` for training. Evaluation stays eager: its other shapes and
             modes would each add a graph, where a run needs one a phase of the gate.
+        activation_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
 
     Raises:
         TaperlitError: no such preset or override, or a value out of its range.
@@ -60,6 +65,7 @@ class LanguageModel(L.LightningModule):
         min_lr_ratio: float = 0.1,
         chunk_tokens: int = 4096,
         compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if chunk_tokens < 1:
@@ -67,18 +73,25 @@ class LanguageModel(L.LightningModule):
         self.save_hyperparameters()
         self.config = config_from_hparams(preset, taper, overrides)
         self.model: Transformer | None = None
+        self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
         self.val_loss, self.val_perplexity = MeanMetric(NAN), Perplexity(NAN)
         self.test_loss, self.test_perplexity = MeanMetric(NAN), Perplexity(NAN)
         self.example_input_array = torch.zeros(1, min(8, self.config.block_size), dtype=torch.int64)
 
     def configure_model(self) -> None:
-        """Build the transformer, where and as the strategy asks (on the meta device for sharded ones)."""
+        """Build the transformer, and split it as the strategy asks.
+
+        Every process builds it whole first, from the same seed: split or not, a run starts from the same values.
+        """
         if self.model is not None:
             return
         self.model = Transformer(self.config)
+        self.model.activation_checkpointing = self.hparams.activation_checkpointing
         if self.hparams.compile:
             for block in self.model.blocks:  # alike, so they share one graph a phase
                 block.compile(dynamic=False)
+        if self.device_mesh is not None:  # ModelParallelStrategy's
+            parallelize(self.model, self.device_mesh)
 
     def setup(self, stage: str) -> None:
         """Check that data and model belong together.
@@ -86,6 +99,7 @@ class LanguageModel(L.LightningModule):
         Raises:
             TaperlitError: the tokenizer or the blocks are larger than the model.
         """
+        keep_buffers_float32(self.trainer)
         data = self.trainer.datamodule
         vocab_size, block_size = getattr(data, "vocab_size", 0), getattr(data, "block_size", 0)
         if vocab_size > self.config.vocab_size:
@@ -116,7 +130,7 @@ class LanguageModel(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         loss, _ = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
+        self._losses.append(loss.detach())
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -141,11 +155,32 @@ class LanguageModel(L.LightningModule):
         return -nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient norm, before clipping, and the learning rate."""
+        """Log the step's loss (over its micro-batches and all ranks), the gradient norm before clipping, and the LR."""
+        loss = mean_over_ranks(self.trainer, torch.stack(self._losses).mean())
+        self._losses.clear()
+        self.log("train/loss", loss, prog_bar=True)
         if self.trainer._logger_connector.should_update_logs:
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(grads))
+            self.log("train/grad_norm", self._gradient_norm())
             self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def _gradient_norm(self) -> Tensor:
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        return gradient_norms(self.trainer, {"all": grads})["all"]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients, also where Lightning cannot (FSDP, and FSDP2 with tensor parallelism)."""
+        if not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        scale = (gradient_clip_val / (self._gradient_norm() + 1e-6)).clamp(max=1.0)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(scale)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW (fused on CUDA) with linear warm-up, then cosine, over ``trainer.max_steps``.
@@ -158,10 +193,12 @@ class LanguageModel(L.LightningModule):
         warmup = resolve_steps(self.hparams.warmup, total, "model.warmup")
         if total < 1:
             raise TaperlitError("Set trainer.max_steps: the learning rate's cosine ends there.")
-        embeddings = {p for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+        # By the kind of module, not by the number of dimensions: FSDP1's parameters are all flat.
+        weights = {kind: {m.weight for m in self.modules() if isinstance(m, kind)} for kind in (nn.Linear, nn.Embedding)}
         parameters = [p for p in self.parameters() if p.requires_grad]
-        decay = [p for p in parameters if p.ndim >= 2 and p not in embeddings]
-        keep = [p for p in parameters if p.ndim < 2 or p in embeddings]
+        decays = weights[nn.Linear] - weights[nn.Embedding]  # a tied head is an embedding
+        decay = [p for p in parameters if p in decays]
+        keep = [p for p in parameters if p not in decays]
         # A fused step unscales by itself, which Lightning cannot clip; only float16 has a scale.
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(
@@ -170,6 +207,12 @@ class LanguageModel(L.LightningModule):
             betas=tuple(self.hparams.betas),
             fused=fused,
         )
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                # What AdamW would make at the first gradient. Parameters that the taper leaves idle have none for long,
+                # and a sharded checkpoint can only be read into an optimizer that has the same states.
+                step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, warmup, total, self.hparams.min_lr_ratio)
         )

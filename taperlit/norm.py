@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from taperlit.errors import TaperlitError
+from taperlit.sharding import plain_name
 
 
 class Phase(enum.Enum):
@@ -398,7 +399,7 @@ def update_alignment(norms: Iterable[TaperNorm], all_reduce_mean: Callable[[Tens
 
 def tapered_norms(model: nn.Module) -> dict[str, TaperNorm]:
     """Every TaperNorm of a model by its name, in registration order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, TaperNorm)}
+    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, TaperNorm)}
 
 
 def share_gate(model: nn.Module) -> None:

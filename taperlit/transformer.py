@@ -10,6 +10,7 @@ from typing import Literal, TypedDict, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from taperlit.errors import TaperlitError
 from taperlit.loss import chunked_cross_entropy
@@ -241,9 +242,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Map (B, T, d_model) to the same shape."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.d_head).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.d_head).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.d_head).transpose(1, 2)
+        q = self.q_proj(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.d_head).transpose(1, 2)
         if rope is not None:
             q, k = rope(q, position), rope(k, position)
         if cache is not None:
@@ -304,13 +305,15 @@ def build_norm(config: TransformerConfig, tapered: bool) -> nn.Module:
 class Transformer(nn.Module):
     """Decoder-only transformer.
 
-    With ``targets``, forward returns the
-    mean cross-entropy without ever holding all the logits.
+    With ``targets``, forward returns the mean cross-entropy without ever holding all the logits. With
+    ``activation_checkpointing`` set, training keeps only the blocks' inputs and computes the rest again in the backward
+    pass.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.tok_embed = Embedding(config.vocab_size, config.d_model)
         self.pos_embed = Embedding(config.block_size, config.d_model) if config.position == "learned" else None
         self.rope = Rope(config) if config.position == "rope" else None
@@ -370,7 +373,12 @@ class Transformer(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed(position)
         for block in self.blocks:
-            x = block(x, self.rope, position, mask, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(
+                    block, x, self.rope, position, mask, cache, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = block(x, self.rope, position, mask, cache)
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)

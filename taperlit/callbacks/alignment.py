@@ -5,9 +5,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from taperlit.callbacks.partners import mean_over_ranks, resolve_boundary
+from taperlit.callbacks.partners import keep_buffers_float32, resolve_boundary, whole_parameters
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm, update_alignment
+from taperlit.ranks import mean_over_ranks
 from taperlit.surgery import require_tapered
 
 
@@ -32,20 +33,29 @@ class AlignmentFreeze(L.Callback):
         self._norms: dict[str, TaperNorm] = {}
         self._boundary = 0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep the statistics in float32 in every strategy."""
+        keep_buffers_float32(trainer)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the model and find the boundary."""
+        """Check the model and the boundary."""
         self._norms = require_tapered(pl_module, "AlignmentFreeze")
+        resolve_boundary(trainer, self.at, "AlignmentFreeze")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the boundary: only now has every strategy restored the GateSchedule's."""
         self._boundary = resolve_boundary(trainer, self.at, "AlignmentFreeze")
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Freeze, once the warm-up's last step is done."""
         if self.frozen or trainer.global_step < self._boundary:
             return
-        for name, norm in self._norms.items():
-            try:
-                norm.freeze()
-            except TaperlitError as error:
-                raise TaperlitError(f"{name}: {error}") from error
+        with whole_parameters(trainer):
+            for name, norm in self._norms.items():
+                try:
+                    norm.freeze()
+                except TaperlitError as error:
+                    raise TaperlitError(f"{name}: {error}") from error
         self.frozen = True
 
     def on_before_optimizer_step(
@@ -54,6 +64,11 @@ class AlignmentFreeze(L.Callback):
         """Update the moving averages from this step's batches."""
         if not self.frozen:
             update_alignment(self._norms.values(), lambda value: mean_over_ranks(trainer, value))
+
+    def on_step_skipped(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the statistics of a step that :class:`FiniteGuard` takes out."""
+        for norm in self._norms.values():
+            norm.pending.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the scalars are frozen; the scalars and averages are in the layers' own state."""

@@ -8,8 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from taperlit.callbacks.partners import mean_over_ranks, named_module, resolve_boundary
+from taperlit.callbacks.partners import named_module, resolve_boundary
 from taperlit.errors import TaperlitError
+from taperlit.ranks import mean_over_ranks
 
 
 class ScaleAnchor(L.Callback):
@@ -53,16 +54,21 @@ class ScaleAnchor(L.Callback):
         self._boundary = 0
         self._scales: list[Tensor] = []  # batch means of s(h) since the last optimizer step
         self._penalties: list[Tensor] = []  # of the forward pass under way
+        self._step_penalties: list[Tensor] = []  # of the micro-batches since the last optimizer step
         self._undo: list[Callable[[], None]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the residual and wrap ``training_step``."""
         module = named_module(pl_module, self.module, "ScaleAnchor")
-        self._boundary = resolve_boundary(trainer, self.at, "ScaleAnchor")
+        resolve_boundary(trainer, self.at, "ScaleAnchor")
         if self.kind is None:
             self.kind = "layernorm" if isinstance(module, nn.LayerNorm) else "rmsnorm"
         hook = module.register_forward_pre_hook(self._on_residual)
         self._undo = [hook.remove, self._wrap(pl_module)]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the boundary: only now has every strategy restored the GateSchedule's."""
+        self._boundary = resolve_boundary(trainer, self.at, "ScaleAnchor")
 
     def _wrap(self, pl_module: L.LightningModule) -> Callable[[], None]:
         original, another = pl_module.training_step, vars(pl_module).get("training_step")
@@ -117,7 +123,7 @@ class ScaleAnchor(L.Callback):
         if output is None:
             return None
         penalty = torch.stack(self._penalties).mean()
-        pl_module.log("train/scale_loss", penalty.detach())
+        self._step_penalties.append(penalty.detach())
         if isinstance(output, Tensor):
             return output + self.weight * penalty
         return {**output, "loss": output["loss"] + self.weight * penalty}
@@ -132,16 +138,25 @@ class ScaleAnchor(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Update the moving average from this step's batches, over all ranks."""
+        """Update the moving average from this step's batches, over all ranks; log the step's scale loss."""
+        if self._step_penalties:
+            pl_module.log("train/scale_loss", mean_over_ranks(trainer, torch.stack(self._step_penalties).mean()))
+            self._step_penalties.clear()
         if self.target is None and self._scales:
             batch = mean_over_ranks(trainer, torch.stack(self._scales).mean())
             self._ema = self._ema.to(batch.device).lerp(batch, self.ema_rate)
             self._updates += 1
             self._scales.clear()
 
+    def on_step_skipped(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the statistics of a step that :class:`FiniteGuard` takes out."""
+        self._scales.clear()
+        self._step_penalties.clear()
+
     def state_dict(self) -> dict[str, Any]:
-        """The moving average and the target."""
-        return {"ema": self._ema, "updates": self._updates, "target": self.target}
+        """The moving average and the target, on the CPU."""
+        target = None if self.target is None else self.target.cpu()
+        return {"ema": self._ema.cpu(), "updates": self._updates, "target": target}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""

@@ -6,11 +6,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from taperlit.callbacks.partners import named_module
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm, tapered_norms
+from taperlit.ranks import gradient_norms, mean_over_ranks
+from taperlit.sharding import plain_name, whole
 
 
 class TaperMonitor(L.Callback):
@@ -19,8 +22,8 @@ class TaperMonitor(L.Callback):
     ``taper/gate``; ``taper/alignment/<norm>``, every ``c`` (its estimate so far, while the gate is 1);
     ``taper/gain_mean/<norm>`` and ``taper/gain_std/<norm>`` of the gains in use (``g gamma + (1 - g) c gamma~``);
     ``taper/pre_logit_rms``; ``taper/logit_norm`` (mean over tokens of the logits' 2-norm); ``grad_norm/<weight
-    type>``, layers taken together, as in figure 4 of arXiv:2602.10408. A
-    model without TaperNorm gets the last three, so a baseline can be compared.
+    type>``, layers taken together, as in figure 4 of arXiv:2602.10408. A model without TaperNorm gets the last three, so
+    a baseline can be compared. FSDP1 hides the gains; FSDP2 does not.
 
     Args:
         every: optimizer steps between two records.
@@ -80,16 +83,17 @@ class TaperMonitor(L.Callback):
         """Record the step: gradients are whole here, and not clipped yet."""
         if not self._due:
             return
-        values = {name: torch.stack(parts).mean() for name, parts in self._seen.items()}
+        values = {name: mean_over_ranks(trainer, torch.stack(parts).mean()) for name, parts in self._seen.items()}
         self._seen.clear()
-        values.update(gradient_norms(pl_module))
+        values.update(gradient_norms(trainer, _by_weight_type(pl_module)))
         if self._norms:
             gate = next(iter(self._norms.values())).gate.value
             values["taper/gate"] = gate
             for name, norm in self._norms.items():
                 values[f"taper/alignment/{name}"] = norm.alignment_estimate
-                if norm.weight is not None:
-                    gain = torch.lerp(norm.alignment * norm.taper_weight.float(), norm.weight.float(), gate)
+                if norm.weight is not None and not isinstance(trainer.strategy, FSDPStrategy):
+                    weight, taper_weight = whole(norm.weight).float(), whole(norm.taper_weight).float()
+                    gain = torch.lerp(norm.alignment * taper_weight, weight, gate)
                     values[f"taper/gain_mean/{name}"] = gain.mean()
                     values[f"taper/gain_std/{name}"] = gain.std(correction=0)
         device = pl_module.device
@@ -102,14 +106,11 @@ class TaperMonitor(L.Callback):
         self._stop_listening()
 
 
-def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """2-norms of the gradients, parameters of the same name in different layers taken together.
-
-    Returns:
-        0-d tensors by ``grad_norm/<name without layer numbers>``.
-    """
+def _by_weight_type(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The gradients by parameter name without layer numbers."""
     groups: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
+        group = groups[f"grad_norm/{re.sub(r'[.][0-9]+(?=[.])', '', plain_name(name))}"]
         if parameter.grad is not None:
-            groups[re.sub(r"\.\d+(?=\.)", "", name)].append(parameter.grad)
-    return {f"grad_norm/{name}": torch.nn.utils.get_total_norm(grads) for name, grads in groups.items()}
+            group.append(parameter.grad)
+    return groups

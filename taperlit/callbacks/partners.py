@@ -1,9 +1,14 @@
-"""What the callbacks ask of each other and of the model, checked before the first step."""
+"""What the callbacks ask of each other, of the model and of the strategy."""
 
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import lightning as L
-from torch import Tensor, nn
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from taperlit.errors import TaperlitError
 from taperlit.schedule import resolve_steps
@@ -51,6 +56,15 @@ def named_module(pl_module: L.LightningModule, name: str, who: str) -> nn.Module
         ) from error
 
 
-def mean_over_ranks(trainer: L.Trainer, value: Tensor) -> Tensor:
-    """The value averaged over all processes."""
-    return trainer.strategy.reduce(value, reduce_op="mean")
+def keep_buffers_float32(trainer: L.Trainer) -> None:
+    """Call in ``setup``: FSDP1's mixed precision would round every buffer, the gate and the statistics among them."""
+    if isinstance(trainer.strategy, FSDPStrategy) and trainer.strategy.mixed_precision_config is not None:
+        config = trainer.strategy.mixed_precision_config
+        trainer.strategy.mixed_precision = dataclasses.replace(config, buffer_dtype=torch.float32)
+
+
+def whole_parameters(trainer: L.Trainer) -> AbstractContextManager:
+    """Parameters may be copied into each other here: FSDP1's parts of two of them need not match."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        return FullyShardedDataParallel.summon_full_params(trainer.strategy.model)
+    return nullcontext()

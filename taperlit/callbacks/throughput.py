@@ -9,6 +9,8 @@ from lightning.fabric.utilities.throughput import Throughput, get_available_flop
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from torch import Tensor
 
+from taperlit.ranks import data_rank
+
 
 class TokenThroughput(L.Callback):
     """Logs ``train/tokens``, ``train/tokens_per_s`` and, where the device's peak is known, ``train/mfu``.
@@ -28,7 +30,9 @@ class TokenThroughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the device's peak and start the clock."""
         peak = get_available_flops(pl_module.device, _plugin_to_compute_dtype(trainer.precision_plugin))
-        self._throughput = Throughput(peak, trainer.world_size, self.window)
+        self._throughput = Throughput(peak, window_size=self.window)
+        self._replicas = data_rank(trainer)[1]
+        self._share = self._replicas / trainer.world_size  # of a batch's work that is this device's
         self._flops_per_token: float | None = None
         self._measures_flops = peak is not None and hasattr(pl_module, "flops_per_token")
         self._elapsed, self._steps, self._session_tokens, self._batch_tokens = 0.0, 0, 0, 0
@@ -52,7 +56,7 @@ class TokenThroughput(L.Callback):
     ) -> None:
         """Count the batch; log once an optimizer step that Lightning logs."""
         block_size = batch.shape[1] - 1
-        self.tokens += batch.shape[0] * block_size * trainer.world_size
+        self.tokens += batch.shape[0] * block_size * self._replicas
         self._batch_tokens += batch.shape[0] * block_size
         if trainer.fit_loop._should_accumulate():
             return
@@ -68,15 +72,14 @@ class TokenThroughput(L.Callback):
             batches=self._steps,
             samples=self._steps,
             lengths=self._session_tokens,
-            flops=None if self._flops_per_token is None else int(self._flops_per_token * self._batch_tokens),
+            flops=None if self._flops_per_token is None else int(self._flops_per_token * self._batch_tokens * self._share),
         )
         self._batch_tokens = 0
         if trainer._logger_connector.should_update_logs:
             metrics = self._throughput.compute()
-            prefix = "global/" if trainer.world_size > 1 else "device/"
             log = {"train/tokens": float(self.tokens)}
-            if f"{prefix}items_per_sec" in metrics:
-                log["train/tokens_per_s"] = metrics[f"{prefix}items_per_sec"]
+            if "device/items_per_sec" in metrics:
+                log["train/tokens_per_s"] = metrics["device/items_per_sec"] * self._replicas
             if "device/mfu" in metrics:
                 log["train/mfu"] = metrics["device/mfu"]
             pl_module.log_dict(log)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -69,6 +70,8 @@ class ResumableLoader(DataLoader):
     """
 
     def __init__(self, blocks: TokenBlocks, sampler: BlockSampler, **options: Any) -> None:
+        # A generator of its own: torch's default one then belongs to the model alone, and a resumed run's draws agree.
+        options["generator"] = torch.Generator()
         super().__init__(blocks, sampler.batch_size, sampler=sampler, drop_last=sampler.train, **options)
         self.position = 0
 

@@ -20,6 +20,7 @@ from taperlit.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from taperlit.data.tokens import SPLITS, TokenBlocks, split_of, write_tokens
 from taperlit.errors import TaperlitError
 from taperlit.files import write_directory
+from taperlit.ranks import data_rank
 
 CACHE_FORMAT = 1
 
@@ -195,7 +196,7 @@ class TextDataModule(L.LightningDataModule):
                 f"The validation split has {self._meta['tokens']['val']} tokens, less than one block of "
                 f"{self.block_size}; raise data.val_fraction, lower data.block_size or add text."
             )
-        world_size = self.trainer.world_size if self.trainer else 1
+        _, world_size = data_rank(self.trainer)
         if stage == "fit" and len(self._blocks["train"]) < self.hparams.batch_size * world_size:
             raise TaperlitError(
                 f"The training split has {len(self._blocks['train'])} blocks of {self.block_size} tokens, less than "
@@ -203,7 +204,7 @@ class TextDataModule(L.LightningDataModule):
             )
 
     def _sampler(self, split: str, train: bool) -> BlockSampler:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = data_rank(self.trainer)
         return BlockSampler(self._blocks[split], self.hparams.batch_size, rank, world_size, self.hparams.seed, train)
 
     @property
