@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 for an error that the user can mend, told in one line; 2 for wrong options; 130 when
-        interrupted.
+        interrupted; 143 when terminated, the run saved.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -62,12 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         commands.run(command, args[1:])
     except TaperlitError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.status)
     except KeyboardInterrupt:
         return _fail("interrupted.", status=130)
     return 0
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"taperlit: error: {message}", file=sys.stderr)
+    # Of a run's processes (Lightning, torchrun and SLURM number them so) the first speaks for what happens to all.
+    rank = next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+    if not rank:
+        print(f"taperlit: error: {message}", file=sys.stderr)
+    else:
+        print(f"taperlit: [rank {rank}] {message}", file=sys.stderr)
     return status

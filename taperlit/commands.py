@@ -1,6 +1,7 @@
 """What the commands do: LightningCLI for those that need a Trainer, jsonargparse for the others."""
 
 import copy
+import errno
 import sys
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -11,19 +12,23 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tokenizers import Tokenizer
 
-from taperlit.callbacks import StepProgressBar, TokenThroughput
-from taperlit.callbacks.checkpoint import RunCheckpoint
+from taperlit.callbacks import RngState, RunCheckpoint, StepProgressBar, TokenThroughput
 from taperlit.callbacks.predictions import PredictionWriter
-from taperlit.checkpoint import load_checkpoint, load_model, read_checkpoint
+from taperlit.checkpoint import config_from_hparams, load_checkpoint, load_model, open_checkpoint
 from taperlit.cli import TRAINER_COMMANDS
 from taperlit.data import TextDataModule
 from taperlit.data.tokenizer import end_of_text_id
-from taperlit.errors import TaperlitError
+from taperlit.errors import TaperlitError, Terminated
 from taperlit.fold import TOLERANCE, check_gate, fold, largest_difference, write_folded
 from taperlit.generate import stream_text
 from taperlit.module import LanguageModel
+from taperlit.trainer import Trainer
 
 # The callbacks that overlays swap by name. A list, as in trainer.callbacks, could only be replaced whole.
 SLOTS = {
@@ -32,11 +37,17 @@ SLOTS = {
     "anchor": "adds the scale loss (ScaleAnchor)",
     "fold": "writes the folded model at the end (FoldOnEnd)",
     "monitor": "logs the taper's traces (TaperMonitor)",
+    "guard": "stops at, or skips, a step that is not finite (FiniteGuard)",
 }
-MONITOR = {
-    "class_path": "taperlit.callbacks.TaperMonitor",
-    "init_args": {"residual": "model.final_norm", "logits": "model.head"},
+DEFAULTS = {
+    "monitor": {
+        "class_path": "taperlit.callbacks.TaperMonitor",
+        "init_args": {"residual": "model.final_norm", "logits": "model.head"},
+    },
+    "guard": {"class_path": "taperlit.callbacks.FiniteGuard"},
 }
+KEYWORDS = ("last", "best", "hpc")  # of --ckpt_path; anything else is a path
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class _OneLineErrors:
@@ -59,13 +70,15 @@ class RunRecord(SaveConfigCallback):
     """Saves the exact config and the tokenizer of a fit beside its logs."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write ``tokenizer.json``; ``config.yaml`` is Lightning's part."""
+        """Write ``tokenizer.json``; ``config.yaml``, or ``config.resumed.yaml`` of a run that goes on, is Lightning's."""
         if stage != "fit":
             return
-        directory = trainer.log_dir  # every rank must ask: the answer is broadcast
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # every rank must ask: the answer is broadcast
+        if trainer.ckpt_path is not None and (directory / self.config_filename).exists():
+            self.config_filename = "config.resumed.yaml"
         super().setup(trainer, pl_module, stage)
         if trainer.is_global_zero:
-            (Path(directory) / "tokenizer.json").write_text(trainer.datamodule.tokenizer_json)
+            (directory / "tokenizer.json").write_text(trainer.datamodule.tokenizer_json)
 
 
 class TaperlitCLI(LightningCLI):
@@ -74,7 +87,7 @@ class TaperlitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--taper.<slot>``."""
         for slot, purpose in SLOTS.items():
-            default = MONITOR if slot == "monitor" else None
+            default = DEFAULTS.get(slot)
             parser.add_argument(f"--taper.{slot}", type=L.Callback | None, default=default, help=f"{purpose}; or null")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -85,11 +98,12 @@ class TaperlitCLI(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Take the model's hyper-parameters from the checkpoint, once it is known to be one."""
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and Path(path).name not in ("last", "best", "hpc"):
-            read_checkpoint(path)
-        super()._parse_ckpt_path()
+        """Take the model's hyper-parameters from the checkpoint, once it is known to be one, whole and harmless."""
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and path not in KEYWORDS:
+            hparams = _look_into(path)["hyper_parameters"]
+            self.config = self.parser.parse_object({command: {"model": hparams}}, self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the slots' callbacks, and the ones every run has unless it names its own."""
@@ -109,11 +123,63 @@ class TaperlitCLI(LightningCLI):
             callbacks.append(TokenThroughput())
         if missing(ModelCheckpoint) and config["enable_checkpointing"] is not False:
             callbacks.append(RunCheckpoint())
+        if missing(RngState):
+            callbacks.append(RngState())
         config["callbacks"] = callbacks
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # Lightning's word on a strategy or device that there is not
             raise TaperlitError(" ".join(str(error).split())) from error
+        _stay_inside(trainer)
+        options = self.config_init[self.subcommand]
+        if self.subcommand == "fit" and options.get("ckpt_path") == "last":
+            options["ckpt_path"] = _find_last(trainer, self.model)
+        return trainer
+
+
+def _look_into(path: str) -> dict[str, Any]:
+    # The other processes wait for the first before they load anything.
+    return open_checkpoint(path, verify=not rank_zero_only.rank)
+
+
+def _stay_inside(trainer: L.Trainer) -> None:
+    """Names in a config name things in the output folder; only a folder's own option may say where that is."""
+    names = {f"the logger's name {logger.name!r}": logger.name for logger in trainer.loggers if logger.name}
+    names |= {f"the checkpoint's name {c.filename!r}": c.filename for c in trainer.checkpoint_callbacks if c.filename}
+    for what, name in names.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise TaperlitError(f"{what} leaves the output folder; name the folder in save_dir or dirpath.")
+
+
+def _find_last(trainer: L.Trainer, model: LanguageModel) -> str | None:
+    """The checkpoint at which the newest run of this config's logger stopped, and let the run go on in its folder.
+
+    Raises:
+        TaperlitError: it cannot be told which run to go on with, or it trained another model.
+    """
+    for logger in trainer.loggers:
+        _continue_version(logger)
+    path = trainer._checkpoint_connector._parse_ckpt_path(
+        TrainerFn.FITTING, "last", model_provided=True, model_connected=True
+    )
+    if path is None:
+        return None
+    hparams = _look_into(path)["hyper_parameters"]
+    if config_from_hparams(**hparams) != model.config:
+        raise TaperlitError(f"{path} is of another model; name its run's config, or begin anew without --ckpt_path.")
+    return path
+
+
+def _continue_version(logger: Logger) -> None:
+    if getattr(logger, "_version", "") is not None:
+        return  # it was given one, or numbers nothing
+    if not isinstance(logger, TensorBoardLogger):
+        raise TaperlitError(
+            f"--ckpt_path last: {type(logger).__name__} begins a new folder each time; give it a version, so that the "
+            "run is found again."
+        )
+    numbers = [path.name.removeprefix("version_") for path in Path(logger.root_dir).glob("version_*")]
+    logger._version = max((int(number) for number in numbers if number.isdigit()), default=None)
 
 
 def build_cli() -> TaperlitCLI:
@@ -121,6 +187,7 @@ def build_cli() -> TaperlitCLI:
     return TaperlitCLI(
         LanguageModel,
         TextDataModule,
+        trainer_class=Trainer,
         save_config_callback=RunRecord,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
@@ -148,7 +215,15 @@ def run(command: str, args: list[str]) -> None:
     sys.argv = [sys.argv[0], command, *args]  # where LightningCLI looks, and what a DDP launch runs again
     try:
         build_cli()
-    except (MisconfigurationException, FileNotFoundError) as error:
+    except SIGTERMException as error:
+        raise Terminated("stopped by SIGTERM; go on with --ckpt_path last.") from error
+    except FileNotFoundError as error:
+        raise TaperlitError(" ".join(str(error).split())) from error
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        raise TaperlitError(f"{error.filename or 'the output folder'}: {error.strerror}; make room first.") from error
+    except MisconfigurationException as error:
         raise TaperlitError(" ".join(str(error).split())) from error
 
 

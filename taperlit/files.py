@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all, and never cost what was there before."""
 
 import os
 import shutil
@@ -8,31 +8,73 @@ from pathlib import Path
 from taperlit.errors import TaperlitError
 
 
+def aside(path: Path, kind: str) -> Path:
+    """A hidden name beside a path."""
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(partial: Path, target: Path) -> None:
+    """Put a file or directory that was written aside safely on disk, then give it its name.
+
+    One file replaces another in one step. Where a directory is involved, that takes two; a process killed between them
+    leaves the old one under ``aside(target, "old")``, whence :func:`recover` takes it back.
+
+    Raises:
+        OSError: the disk refuses; what was at ``target`` stays.
+    """
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
+    if target.exists() and (target.is_dir() or partial.is_dir()):
+        old = aside(target, "old")
+        remove(old)
+        target.rename(old)
+        partial.rename(target)
+        _sync(target.parent)
+        remove(old)
+    else:
+        partial.replace(target)
+        _sync(target.parent)
+
+
+def recover(target: Path) -> None:
+    """Undo the first half of a :func:`commit` that was killed before its second."""
+    old = aside(target, "old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
 def write_directory(directory: Path, fill: Callable[[Path], None], force: bool = False) -> Path:
     """Fill a directory aside, sync it, and rename it into place.
 
     Raises:
         TaperlitError: it exists and ``force`` is not set, or the disk refuses.
     """
+    recover(directory)
     if directory.exists() and not force:
         raise TaperlitError(f"{directory} exists; name another directory or pass --force.")
     if directory.exists() and not directory.is_dir():
         raise TaperlitError(f"{directory} is a file; name a directory.")
-    partial = directory.parent / f".{directory.name}.{os.getpid()}.partial"
+    partial = aside(directory, f"{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         fill(partial)
-        for path in (*partial.rglob("*"), partial):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if directory.exists():
-            old = directory.parent / f".{directory.name}.{os.getpid()}.old"
-            directory.rename(old)
-            partial.rename(directory)
-            shutil.rmtree(old)
-        else:
-            partial.rename(directory)
+        commit(partial, directory)
     except OSError as error:
         raise TaperlitError(f"{directory} cannot be written: {error.strerror or error}.") from error
     finally:

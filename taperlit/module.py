@@ -9,8 +9,9 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from taperlit import __version__
 from taperlit.callbacks.partners import keep_buffers_float32
-from taperlit.checkpoint import config_from_hparams
+from taperlit.checkpoint import CHECKPOINT_FORMAT, config_from_hparams
 from taperlit.errors import TaperlitError
 from taperlit.parallel import parallelize
 from taperlit.ranks import gradient_norms, mean_over_ranks
@@ -181,6 +182,10 @@ class LanguageModel(L.LightningModule):
         for parameter in self.parameters():
             if parameter.grad is not None:
                 local(parameter.grad).mul_(scale)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say who wrote it."""
+        checkpoint["taperlit"] = {"format": CHECKPOINT_FORMAT, "version": __version__}
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW (fused on CUDA) with linear warm-up, then cosine, over ``trainer.max_steps``.

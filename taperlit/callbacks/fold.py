@@ -23,7 +23,7 @@ class FoldOnEnd(L.Callback):
     check that folding does not change the output.
 
     Args:
-        directory: where to; None is ``folded`` in the logger's directory.
+        directory: where to; None is ``folded`` in the logger's directory, where a resumed run replaces its own.
         module: name of the submodule to write; empty is the whole LightningModule.
         tied: what to do with a tied head, see :func:`taperlit.fold.fold`.
         force: replace a directory that exists.
@@ -53,7 +53,9 @@ class FoldOnEnd(L.Callback):
             )
         # Every rank must ask for log_dir: the answer is broadcast.
         self._path = Path(self.directory or Path(trainer.log_dir or trainer.default_root_dir) / "folded")
-        if self._path.exists() and not self.force:
+        resumed = self.directory is None and trainer.ckpt_path is not None
+        self._replace = self.force or resumed
+        if self._path.exists() and not self._replace:
             raise TaperlitError(f"{self._path} exists; give FoldOnEnd another directory or force=True.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -74,7 +76,7 @@ class FoldOnEnd(L.Callback):
             folded,
             [str(norm) for norm in report],
             getattr(trainer.datamodule, "tokenizer_json", None),
-            self.force,
+            self._replace,
         )
         rank_zero_info(f"Folded {len(report)} norms into {path}; largest relative difference {difference:.1e}.")
 

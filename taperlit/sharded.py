@@ -1,0 +1,157 @@
+"""Sharded checkpoints, the directories that FSDP and FSDP2 write, read whole and without executing code.
+
+torch's own reader unpickles the directory's ``.metadata`` and every value that is no tensor; the classes here take only
+what such a checkpoint needs. Lightning resumes sharded runs through torch's reader, so :func:`check_sharded` goes first.
+"""
+
+import hashlib
+import io
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+META = "meta.pt"  # Lightning's name for all that is not sharded
+DIGEST = ".metadata.sha256"  # ours: the one file of torch's without a checksum
+
+_ALLOWED = {
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_metadata(Path(self.path))
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def digest(directory: Path) -> str:
+    """The checksum of its ``.metadata``."""
+    return hashlib.sha256((directory / ".metadata").read_bytes()).hexdigest()
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """What torch wrote about the shards, without executing code.
+
+    Raises:
+        ValueError: it asks for anything that no checkpoint needs, or names files outside the directory.
+    """
+    with open(directory / ".metadata", "rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+    if not isinstance(metadata, Metadata) or not metadata.storage_data:
+        raise ValueError(".metadata is no list of shards")
+    for item in metadata.storage_data.values():
+        if item.relative_path != Path(item.relative_path).name:
+            raise ValueError(f"it names {item.relative_path}, outside the checkpoint")
+    return metadata
+
+
+def check_zip(file: str | Path | io.BytesIO) -> None:
+    """Compare every part of a ``torch.save`` archive with its checksum: ``torch.load`` does not.
+
+    Raises:
+        ValueError: one differs.
+        zipfile.BadZipFile: it is truncated or no archive.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+
+
+def check_sharded(directory: Path) -> None:
+    """Read every byte of a sharded checkpoint and see that nothing is missing, damaged or code.
+
+    Raises:
+        Exception: of many kinds, by where the damage is.
+    """
+    if (directory / DIGEST).read_text() != digest(directory):
+        raise ValueError(".metadata in it is damaged")
+    metadata = read_metadata(directory)
+    check_zip(directory / META)
+    for index, item in metadata.storage_data.items():
+        with open(directory / item.relative_path, "rb") as file:
+            file.seek(item.offset)
+            part = io.BytesIO(file.read(item.length))
+        check_zip(part)
+        if not isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
+            part.seek(0)
+            torch.load(part, weights_only=True)
+
+
+def read_sharded(directory: Path, optimizer: bool) -> dict[str, Any]:
+    """The whole checkpoint as Lightning writes it on one process: tensors on the CPU, optimizer states by number.
+
+    Raises:
+        Exception: of many kinds, by where the damage is.
+    """
+    checkpoint = torch.load(directory / META, map_location="cpu", weights_only=True)
+    metadata = read_metadata(directory)
+    flat: dict[str, Any] = {
+        key: torch.empty(kind.size, dtype=kind.properties.dtype) if isinstance(kind, TensorStorageMetadata) else None
+        for key, kind in metadata.state_dict_metadata.items()
+        if optimizer or key.startswith("state_dict.")
+    }
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+        load(flat, storage_reader=_Reader(directory), planner=planner, no_dist=True)
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        _insert(nested, metadata.planner_data[key], value)
+    checkpoint["state_dict"] = nested.pop("state_dict")
+    if optimizer:
+        checkpoint["optimizer_states"] = [_by_number(nested[key]) for key in sorted(nested)]
+    return checkpoint
+
+
+def _insert(tree: dict, path: tuple, value: Any) -> None:
+    *parents, leaf = path
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[leaf] = value
+
+
+def _by_number(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with its parameters numbered, as torch writes it, and not named."""
+    groups = [state["param_groups"][i] for i in sorted(state["param_groups"])]
+    names = [name for group in groups for name in group["params"]]
+    number = {name: i for i, name in enumerate(names)}
+    return {
+        "state": {number[name]: value for name, value in state["state"].items()},
+        "param_groups": [{**group, "params": [number[name] for name in group["params"]]} for group in groups],
+    }

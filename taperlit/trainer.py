@@ -1,0 +1,104 @@
+"""Lightning's Trainer with checkpoints that cannot be lost."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch.distributed.checkpoint import CheckpointException
+
+from taperlit.checkpoint import load_whole
+from taperlit.errors import TaperlitError
+from taperlit.files import aside, commit, remove
+from taperlit.ranks import gather
+from taperlit.sharded import DIGEST, META, digest
+
+
+class RunCheckpointIO(TorchCheckpointIO):
+    """Writes straight to the file, and reads files and sharded directories without executing code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a file."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a file or a sharded directory, tensors on the CPU.
+
+        Raises:
+            TaperlitError: as :func:`taperlit.checkpoint.load_whole`.
+        """
+        return load_whole(path)
+
+
+class Trainer(L.Trainer):
+    """Writes every checkpoint aside, syncs it and only then gives it its name, whatever strategy or callback saves it.
+
+    A run on one process or with DDP also resumes from what a sharded run saved. A ``CheckpointIO`` plugin of the user's
+    own is left to do as it does.
+
+    Args:
+        *args: of :class:`lightning.Trainer`.
+        **kwargs: likewise.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = RunCheckpointIO()
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
+        """As Lightning's; every process must ask.
+
+        Raises:
+            TaperlitError: it cannot be written; the one that was there stays.
+        """
+        if not isinstance(self.strategy.checkpoint_io, RunCheckpointIO) or "://" in str(filepath):
+            super().save_checkpoint(filepath, weights_only, storage_options)
+            return
+        target = Path(filepath)
+        partial = aside(target, "partial")
+        if self.is_global_zero:
+            remove(partial)  # a killed run's
+        self.strategy.barrier("Trainer.save_checkpoint")
+        checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
+        self._together(target, partial, lambda: self.strategy.save_checkpoint(checkpoint, partial))
+        self._together(target, partial, lambda: self._commit(partial, target))
+
+    def _commit(self, partial: Path, target: Path) -> None:
+        if not self.is_global_zero:
+            return
+        if (partial / META).exists():
+            (partial / DIGEST).write_text(digest(partial))
+        commit(partial, target)
+
+    def _together(self, target: Path, partial: Path, write: Callable[[], None]) -> None:
+        """Do it on every process; what fails on one fails on all, and leaves nothing half-written."""
+        problem = None
+        try:
+            write()
+        except (OSError, RuntimeError, CheckpointException) as error:
+            problem = _reason(error)
+        problems = [problem for problem in gather(problem) if problem is not None]
+        if problems:
+            if self.is_global_zero:
+                remove(partial)
+            raise TaperlitError(
+                f"{target} cannot be written: {problems[0]}. What was saved before is intact; make room and go on "
+                "with --ckpt_path last."
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """The disk's own word, if it has one: torch tells a failed write by where it noticed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:200]
