@@ -1,0 +1,86 @@
+"""One run, one meaning: the same losses, scalars and target on any number of processes, however they share the work."""
+
+import pytest
+import torch
+from processes import FSDP2, TENSOR, Run, fit_args, scalars
+
+from taperlit.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.slow
+
+# name: processes, blocks a batch on each, micro-batches a step, more options
+WAYS = {
+    "accumulated": (1, 1, 4, []),
+    "ddp": (2, 2, 1, ["--trainer.strategy=ddp"]),
+    "ddp, accumulated": (2, 1, 2, ["--trainer.strategy=ddp"]),
+    "fsdp2": (2, 2, 1, ["--trainer.strategy", FSDP2]),
+    "fsdp2, full checkpoints": (
+        2, 2, 1, ["--trainer.strategy", FSDP2, "--trainer.strategy.init_args.save_distributed_checkpoint=false"],
+    ),
+    "tensor parallel": (2, 4, 1, ["--trainer.strategy", TENSOR]),
+    "ddp, compiled": (2, 2, 1, ["--trainer.strategy=ddp"]),
+    "fsdp2, compiled": (2, 2, 1, ["--trainer.strategy", FSDP2]),
+    "tensor parallel, compiled": (2, 4, 1, ["--trainer.strategy", TENSOR]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A corpus, its token cache, and the reference: one process, one batch a step."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for i in range(60):
+        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + {i * j % 17}\n" for j in range(40)]
+        (corpus / f"{i:02}.py").write_text("\n".join(lines))
+    return folder
+
+
+def go(home, name, ranks=1, batch=4, accumulate=1, extra=()):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAPERLIT_CACHE", str(home / "cache"))
+        extra = [f"--data.batch_size={batch}", f"--trainer.accumulate_grad_batches={accumulate}",
+                 f"--trainer.val_check_interval={25 * accumulate}", f"--trainer.devices={ranks}", *extra]  # fmt: skip
+        Run(fit_args(home, home / "corpus", *extra, name=name), home, ranks).succeed()
+    return home / name / "version_0"
+
+
+@pytest.fixture(scope="module")
+def one(home):
+    return go(home, "one")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_run(home, one, way):
+    ranks, batch, accumulate, extra = WAYS[way]
+    if "compiled" in way:
+        extra = [*extra, "--model.compile=true", "--model.activation_checkpointing=true"]
+    run = go(home, way, ranks, batch, accumulate, extra)
+    expected, got = scalars(one), scalars(run)
+    assert len(got["train/loss"]) == 50
+    assert {value for _, value in got["taper/gate"]} == {value for _, value in expected["taper/gate"]}
+    for tag in ("train/loss", "train/scale_loss", "val/loss", "train/tokens", "train/grad_norm", "taper/pre_logit_rms"):
+        assert [v for _, v in got[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-5), tag
+    mine, theirs = (read_checkpoint(folder / "checkpoints/last.ckpt") for folder in (one, run))
+    for key in (key for key in mine["state_dict"] if key.endswith(".alignment")):
+        torch.testing.assert_close(theirs["state_dict"][key], mine["state_dict"][key], rtol=1e-5, atol=0)
+    target, other = (c["callbacks"]["ScaleAnchor"]["target"] for c in (mine, theirs))
+    torch.testing.assert_close(other, target, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "tensor parallel"])
+def test_low_precision_keeps_its_statistics_in_float32(home, one, way, precision):
+    ranks, batch, accumulate, extra = WAYS[way]
+    extra = [*extra, f"--trainer.precision={precision}", "--trainer.max_steps=20", "--taper.gate.end=20"]
+    run = go(home, f"{way} {precision}", ranks, batch, accumulate, extra)
+    losses, expected = ([v for _, v in scalars(folder)["train/loss"]][:20] for folder in (run, one))
+    assert losses == pytest.approx(expected, rel=0.02)
+    checkpoint = read_checkpoint(run / "checkpoints/last.ckpt")
+    wanted = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    for key, value in checkpoint["state_dict"].items():
+        if key.endswith((".alignment", ".alignment_ema", "gate.value")):
+            assert value.dtype == torch.float32, key
+        elif key.endswith("weight"):
+            assert value.dtype == wanted, key
+    assert checkpoint["callbacks"]["ScaleAnchor"]["target"].dtype == torch.float32
