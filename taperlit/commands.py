@@ -102,7 +102,8 @@ class TaperlitCLI(LightningCLI):
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if path and path not in KEYWORDS:
-            hparams = _look_into(path)["hyper_parameters"]
+            hparams = dict(_look_into(path)["hyper_parameters"])
+            hparams.pop("_instantiator", None)  # LightningCLI's own
             self.config = self.parser.parse_object({command: {"model": hparams}}, self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import measure_flops
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -16,7 +17,7 @@ from taperlit.errors import TaperlitError
 from taperlit.parallel import parallelize
 from taperlit.ranks import gradient_norms, mean_over_ranks
 from taperlit.schedule import resolve_steps, warmup_cosine
-from taperlit.sharding import local
+from taperlit.sharding import local, plain_name
 from taperlit.transformer import Taper, Transformer, TransformerOverrides
 
 # What a metric does with a NaN: keep it. torchmetrics' own default drops it, and its "disable" drops the weights.
@@ -184,8 +185,22 @@ class LanguageModel(L.LightningModule):
                 local(parameter.grad).mul_(scale)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say who wrote it."""
+        """Say who wrote it, and give the optimizer's states by the parameters' names.
+
+        Lightning numbers them, and not always alike: by the optimizer's groups, or with sharded strategies by the
+        model's order. Read by another strategy, moments would go to the wrong parameters. Every strategy reads names.
+        """
         checkpoint["taperlit"] = {"format": CHECKPOINT_FORMAT, "version": __version__}
+        names = {parameter: plain_name(name) for name, parameter in self.named_parameters()}
+        for state, optimizer in zip(checkpoint.get("optimizer_states", ()), self.trainer.optimizers, strict=False):
+            if not all(isinstance(key, int) for key in state.get("state", ("",))):
+                continue  # they are names already, or another rank's business
+            order = [p for group in optimizer.param_groups for p in group["params"]]
+            if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+                order = list(names)
+            name = [names[parameter] for parameter in order]
+            state["state"] = {name[i]: value for i, value in state["state"].items()}
+            state["param_groups"] = [{**g, "params": [name[i] for i in g["params"]]} for g in state["param_groups"]]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW (fused on CUDA) with linear warm-up, then cosine, over ``trainer.max_steps``.

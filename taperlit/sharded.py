@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -103,18 +103,17 @@ def check_sharded(directory: Path) -> None:
         raise ValueError(".metadata in it is damaged")
     metadata = read_metadata(directory)
     check_zip(directory / META)
-    for index, item in metadata.storage_data.items():
+    for item in metadata.storage_data.values():
         with open(directory / item.relative_path, "rb") as file:
             file.seek(item.offset)
             part = io.BytesIO(file.read(item.length))
         check_zip(part)
-        if not isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
-            part.seek(0)
-            torch.load(part, weights_only=True)
+        part.seek(0)
+        torch.load(part, map_location="cpu", weights_only=True)
 
 
 def read_sharded(directory: Path, optimizer: bool) -> dict[str, Any]:
-    """The whole checkpoint as Lightning writes it on one process: tensors on the CPU, optimizer states by number.
+    """The whole checkpoint as Lightning writes it on one process: all tensors on the CPU.
 
     Raises:
         Exception: of many kinds, by where the damage is.
@@ -129,13 +128,21 @@ def read_sharded(directory: Path, optimizer: bool) -> dict[str, Any]:
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
-        load(flat, storage_reader=_Reader(directory), planner=planner, no_dist=True)
+        try:
+            load(flat, storage_reader=_Reader(directory), planner=planner, no_dist=True)
+        except CheckpointException as error:  # no Exception of Python's
+            reason, _ = next(iter(error.failures.values()))
+            raise ValueError(str(reason)) from error
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         _insert(nested, metadata.planner_data[key], value)
     checkpoint["state_dict"] = nested.pop("state_dict")
     if optimizer:
-        checkpoint["optimizer_states"] = [_by_number(nested[key]) for key in sorted(nested)]
+        states = [nested[key] for key in sorted(nested)]
+        groups = [[state["param_groups"][i] for i in sorted(state["param_groups"])] for state in states]
+        checkpoint["optimizer_states"] = [
+            {"state": state["state"], "param_groups": group} for state, group in zip(states, groups, strict=True)
+        ]
     return checkpoint
 
 
@@ -144,14 +151,3 @@ def _insert(tree: dict, path: tuple, value: Any) -> None:
     for parent in parents:
         tree = tree.setdefault(parent, {})
     tree[leaf] = value
-
-
-def _by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with its parameters numbered, as torch writes it, and not named."""
-    groups = [state["param_groups"][i] for i in sorted(state["param_groups"])]
-    names = [name for group in groups for name in group["params"]]
-    number = {name: i for i, name in enumerate(names)}
-    return {
-        "state": {number[name]: value for name, value in state["state"].items()},
-        "param_groups": [{**group, "params": [number[name] for name in group["params"]]} for group in groups],
-    }

@@ -96,6 +96,8 @@ class Trainer(L.Trainer):
 
 def _reason(error: BaseException) -> str:
     """The disk's own word, if it has one: torch tells a failed write by where it noticed."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))  # the first rank's, with its traceback
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

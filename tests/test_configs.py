@@ -34,7 +34,7 @@ def test_every_run_builds_with_the_size_in_its_name(run):
     assert module.config.block_size >= config.data.block_size
     assert len(tapered_norms(module)) == 2 * module.config.n_layer
     assert [slot for slot, callback in vars(config.taper).items() if callback] == [
-        "gate", "alignment", "anchor", "fold", "monitor",
+        "gate", "alignment", "anchor", "fold", "monitor", "guard",
     ]  # fmt: skip
 
 
@@ -55,3 +55,13 @@ def test_every_overlay_composes_with_every_run(run, overlay):
 
 def test_no_overlay_is_forgotten():
     assert {path.stem for path in (CONFIGS / "taper").glob("*.yaml")} == set(OVERLAYS)
+
+
+@pytest.mark.parametrize("strategy", sorted(path.stem for path in (CONFIGS / "strategy").glob("*.yaml")))
+@pytest.mark.parametrize("run", RUNS)
+def test_every_strategy_composes_with_every_run(run, strategy):
+    before = parse("--config", str(CONFIGS / run))
+    config = parse("--config", str(CONFIGS / run), "--config", str(CONFIGS / f"strategy/{strategy}.yaml"))
+    assert config.trainer.strategy != before.trainer.strategy
+    assert config.trainer.max_steps == before.trainer.max_steps
+    assert config.model == before.model

@@ -1,0 +1,56 @@
+"""A resumed run draws what the run would have drawn."""
+
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from taperlit.callbacks import RngState
+
+
+class Noisy(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.draws = []
+
+    def training_step(self, batch, batch_idx):
+        self.draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        return nn.functional.dropout(self.layer(batch)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(tmp_path, seed, steps, callback, ckpt_path=None):
+    L.seed_everything(seed, verbose=False)
+    model = Noisy()
+    trainer = L.Trainer(
+        max_steps=steps, accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, callbacks=[callback] if callback else [],
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(torch.ones(40, 4), batch_size=4, shuffle=True)  # draws from torch's generator
+    trainer.fit(model, loader, ckpt_path=ckpt_path, weights_only=ckpt_path and True)
+    trainer.save_checkpoint(tmp_path / f"{seed}-{steps}.ckpt")
+    return model
+
+
+@pytest.mark.parametrize("with_it", [True, False])
+def test_draws_go_on(tmp_path, with_it):
+    whole = fit(tmp_path, 1, 8, RngState() if with_it else None)
+    fit(tmp_path, 1, 3, RngState() if with_it else None)
+    again = fit(tmp_path, 2, 8, RngState() if with_it else None, tmp_path / "1-3.ckpt")
+    assert (again.draws == whole.draws[3:]) == with_it
+    assert torch.equal(again.layer.weight, whole.layer.weight) == with_it
+
+
+def test_another_number_of_processes_stays_as_seeded(tmp_path):
+    saved = RngState().state_dict()
+    other = RngState()
+    other.load_state_dict({"ranks": saved["ranks"] * 2})
+    before = torch.get_rng_state()
+    other.on_train_batch_start(None, None)
+    assert torch.equal(torch.get_rng_state(), before)

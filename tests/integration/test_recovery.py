@@ -1,0 +1,295 @@
+"""Runs that are killed, told to stop, moved, or out of disk: nothing saved is lost, and what goes on is the same run."""
+
+import functools
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import FSDP2, Run, differences, fit_args, scalars
+
+from taperlit.checkpoint import load_model, open_checkpoint, read_checkpoint
+from taperlit.cli import main
+
+pytestmark = pytest.mark.slow
+TWO_FSDP2 = ["--trainer.devices=2", "--data.batch_size=2", "--trainer.strategy", FSDP2]
+TWO_DDP = ["--trainer.devices=2", "--data.batch_size=2", "--trainer.strategy=ddp"]
+RESUME = ["--ckpt_path", "last"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A corpus and a token cache for all runs here."""
+    folder = tmp_path_factory.mktemp("recovery")
+    (folder / "corpus").mkdir()
+    for i in range(60):
+        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + {i * j % 17}\n" for j in range(40)]
+        (folder / f"corpus/{i:02}.py").write_text("\n".join(lines))
+    return folder
+
+
+def start(home, name, *extra, ranks=1, setup=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAPERLIT_CACHE", str(home / "cache"))
+        return Run(fit_args(home, home / "corpus", *extra, name=name), home, ranks, setup)
+
+
+def last(home, name):
+    return home / name / "version_0/checkpoints/last.ckpt"
+
+
+def content(path):
+    """All of a checkpoint that says what the run is; not the clock, and not where its folder lies."""
+    checkpoint = read_checkpoint(path)
+    keys = [key for key in checkpoint["callbacks"] if key.startswith("RunCheckpoint")]
+    for key in keys:
+        state = checkpoint["callbacks"][key]
+        checkpoint["callbacks"][key] = {k: v for k, v in state.items() if k in ("best_model_score", "current_score")}
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A run that nothing disturbed."""
+    start(home, "whole").succeed()
+    return content(last(home, "whole"))
+
+
+def die_at_step(step, rank):
+    """Kill -9 when the given optimizer step begins."""
+    from taperlit.callbacks import GateSchedule
+
+    begin = GateSchedule.on_train_batch_start
+
+    def hook(self, trainer, *args):
+        if trainer.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin(self, trainer, *args)
+
+    GateSchedule.on_train_batch_start = hook
+
+
+def test_killed_at_any_step_it_ends_bit_identical(home, whole):
+    draw = random.Random(int(os.environ.get("TAPERLIT_TEST_SEED", "0")))
+    # inside the warm-up (before any checkpoint, and after), at the boundary, in the taper, at its end, after it
+    steps = [draw.randint(2, 5), draw.randint(6, 10), 11, draw.randint(12, 24), 25, draw.randint(26, 50)]
+    for step in steps:
+        killed = start(home, "killed", *RESUME, setup=functools.partial(die_at_step, step))
+        assert killed.wait() == [-signal.SIGKILL], (step, killed.log.read_text())
+    start(home, "killed", *RESUME).succeed()
+    assert os.listdir(home / "killed") == ["version_0"]  # it was one run all along
+    assert differences(whole, content(last(home, "killed"))) == []
+    for tag in ("train/loss", "taper/gate", "val/loss", "train/lr"):  # a step run twice was the same both times
+        assert set(scalars(home / "killed/version_0")[tag]) == set(scalars(home / "whole/version_0")[tag])
+
+
+def die_while_saving(moment, skip, rank):
+    """Kill -9 in the middle of writing a ``last.ckpt``, after letting some be written."""
+    import taperlit.files as files
+    import taperlit.trainer as trainer
+
+    count = iter(range(100))
+
+    def die(path):
+        return Path(path).name.strip(".").startswith("last.ckpt") and next(count) >= skip
+
+    def now():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save, sync, rename, replace = torch.save, files._sync, Path.rename, Path.replace
+    if moment == "half":
+
+        def half(data, file, **options):
+            save(data, file, **options)
+            path = file if isinstance(file, Path) else Path(str(getattr(file, "name", "")))
+            if path.exists() and die(path.parent if path.name == "meta.pt" else path):
+                if hasattr(file, "flush"):
+                    file.flush()
+                os.truncate(path, path.stat().st_size // 2)
+                now()
+
+        trainer.torch.save = half
+    elif moment == "unsynced":
+        files._sync = lambda path: now() if die(path) else sync(path)
+    elif moment == "unnamed":
+
+        def before(self, target):
+            if die(target):
+                now()
+            return (rename if self.is_dir() else replace)(self, target)
+
+        Path.rename = Path.replace = before
+    elif moment == "named":
+
+        def after(self, target):
+            result = (rename if self.is_dir() else replace)(self, target)
+            if die(target):
+                now()
+            return result
+
+        Path.rename = Path.replace = after
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "directory"])
+def test_killed_while_saving_nothing_saved_is_lost(home, whole, sharded):
+    name = f"saving {sharded}"
+    ranks, extra = (2, TWO_FSDP2) if sharded else (1, [])
+    path, reached = last(home, name), 0
+    for moment in ("half", "unsynced", "unnamed", "named"):
+        # a few checkpoints later each time; a directory takes two renames, and each of them is a moment to die
+        for skip in (1, 2) if sharded and moment in ("unnamed", "named") else (1,):
+            run = start(
+                home, name, *extra, *RESUME, ranks=ranks, setup=functools.partial(die_while_saving, moment, skip)
+            )
+            run.processes[0].join()
+            run.kill()
+            assert run.processes[0].exitcode == -signal.SIGKILL, (moment, run.log.read_text()[-3000:])
+            step = open_checkpoint(path)["global_step"]  # every byte of it is checked
+            assert step >= reached, moment
+            reached = step
+    assert 0 < reached < 50
+    start(home, name, *extra, *RESUME, ranks=ranks).succeed()
+    assert not list(path.parent.glob(".*"))  # no debris
+    if not sharded:
+        assert differences(whole, content(path)) == []
+    else:
+        start(home, "sharded whole", *extra, ranks=2).succeed()
+        assert differences(content(last(home, "sharded whole")), content(path)) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_ends_in_one_line(home, whole, ranks):
+    name = f"terminated {ranks}"
+    extra = TWO_DDP if ranks == 2 else []
+
+    def logged():
+        return list(home.glob(f"{name}/version_0/checkpoints/best.ckpt"))
+
+    run = start(home, name, *extra, "--trainer.val_check_interval=7", ranks=ranks, setup=slowly)
+    while not logged():
+        assert run.processes[0].is_alive(), run.log.read_text()
+        time.sleep(0.05)
+    os.kill(run.processes[-1].pid, signal.SIGTERM)  # of two, only the second is told
+    assert run.wait() == [143] * ranks, run.log.read_text()
+    assert run.errors() == ["taperlit: error: stopped by SIGTERM; go on with --ckpt_path last."]
+    assert "Traceback" not in run.log.read_text()
+    stopped = read_checkpoint(last(home, name))["global_step"]
+    assert 7 <= stopped < 50
+    start(home, name, *extra, "--trainer.val_check_interval=7", *RESUME, ranks=ranks).succeed()
+    final = content(last(home, name))
+    assert final["global_step"] == 50
+    if ranks == 1:
+        assert differences(whole["state_dict"], final["state_dict"]) == []
+        assert differences(whole["optimizer_states"], final["optimizer_states"]) == []
+
+
+def slowly(rank):
+    """A step takes at least 50 ms, so that a signal comes before the run's end."""
+    from taperlit.callbacks import GateSchedule
+
+    begin = GateSchedule.on_train_batch_start
+
+    def hook(self, *args):
+        time.sleep(0.05)
+        begin(self, *args)
+
+    GateSchedule.on_train_batch_start = hook
+
+
+MOVES = {
+    "two DDP processes to one": (TWO_DDP, 2, [], 1),
+    "two FSDP2 processes to one": (TWO_FSDP2, 2, [], 1),
+    "one process to two FSDP2": ([], 1, TWO_FSDP2, 2),
+    "two FSDP2 processes to two DDP": (TWO_FSDP2, 2, TWO_DDP, 2),
+    "two FSDP2 processes, in one file, to one": (
+        [*TWO_FSDP2, "--trainer.strategy.init_args.save_distributed_checkpoint=false"], 2, [], 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_checkpoint_moves(home, whole, move):
+    before, ranks_before, after, ranks_after = MOVES[move]
+    killed = start(home, move, *before, ranks=ranks_before, setup=functools.partial(die_at_step, 18))
+    killed.processes[0].join()
+    killed.kill()
+    assert open_checkpoint(last(home, move))["global_step"] == 15
+    start(home, move, *after, *RESUME, ranks=ranks_after).succeed()
+    final = content(last(home, move))
+    for key, value in whole["state_dict"].items():
+        torch.testing.assert_close(final["state_dict"][key], value, rtol=1e-4, atol=1e-6)
+    expected = [v for _, v in scalars(home / "whole/version_0")["train/loss"]]
+    assert [v for _, v in scalars(home / move / "version_0")["train/loss"]][-35:] == pytest.approx(
+        expected[15:], rel=1e-5
+    )
+
+
+def test_fold_takes_each_form(home, whole, capsys):
+    forms = {"file": "whole", "directory": "sharded whole"}
+    start(home, "sharded whole", *TWO_FSDP2, ranks=2).succeed()
+    newest = max((home / "sharded whole").iterdir(), key=lambda path: path.name)
+    outputs = {}
+    for form, name in forms.items():
+        ckpt = newest / "checkpoints/last.ckpt" if form == "directory" else last(home, name)
+        assert ckpt.is_dir() == (form == "directory")
+        assert main(["fold", "--ckpt", str(ckpt), "--out", str(home / f"folded {form}")]) == 0
+        outputs[form] = load_model(home / f"folded {form}").model
+    tokens = load_model(last(home, "whole")).sample[:, :-1].long()
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["file"](tokens), outputs["directory"](tokens), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            outputs["file"](tokens), load_model(last(home, "whole")).model(tokens), rtol=1e-3, atol=1e-4
+        )
+    for command in ("validate", "predict"):
+        args = fit_args(home, home / "corpus", "--ckpt_path", str(newest / "checkpoints/last.ckpt"), name="evaluated")
+        drop = ("--taper.gate",)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TAPERLIT_CACHE", str(home / "cache"))
+            assert main([command, *(arg for arg in args[1:] if not arg.startswith(drop))]) == 0
+
+
+def fill_the_disk(limit, step, rank):
+    """From a step on, no file may grow beyond the limit: writes then fail as on a full disk."""
+    from taperlit.callbacks import GateSchedule
+
+    begin = GateSchedule.on_train_batch_start
+
+    def hook(self, trainer, *args):
+        if trainer.global_step + 1 == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        begin(self, trainer, *args)
+
+    GateSchedule.on_train_batch_start = hook
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_stops_the_run_with_one_line(home, ranks):
+    name = f"full {ranks}"
+    extra = TWO_FSDP2 if ranks == 2 else []
+    run = start(home, name, *extra, ranks=ranks, setup=functools.partial(fill_the_disk, 150_000, 12))
+    assert run.wait() == [1] * ranks, run.log.read_text()
+    (line,) = run.errors()
+    assert re.search(r"(best|last)\.ckpt cannot be written: .*What was saved before is intact", line), line
+    assert "Traceback" not in run.log.read_text()
+    assert open_checkpoint(last(home, name))["global_step"] == 10
+    assert not list(last(home, name).parent.glob(".*.partial"))
+    start(home, name, *extra, *RESUME, ranks=ranks).succeed()
+
+
+def test_a_damaged_last_checkpoint_is_named(home, whole):
+    shutil.copytree(home / "whole", home / "damaged")
+    path = last(home, "damaged")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    run = start(home, "damaged", *RESUME)
+    assert run.wait() == [1]
+    (line,) = run.errors()
+    assert str(path) in line
+    assert "damaged" in line
