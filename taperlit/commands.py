@@ -74,7 +74,7 @@ class RunRecord(SaveConfigCallback):
         if stage != "fit":
             return
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # every rank must ask: the answer is broadcast
-        if trainer.ckpt_path is not None and (directory / self.config_filename).exists():
+        if self.config.get("ckpt_path") and (directory / self.config_filename).exists():
             self.config_filename = "config.resumed.yaml"
         super().setup(trainer, pl_module, stage)
         if trainer.is_global_zero:

@@ -23,7 +23,7 @@ class FoldOnEnd(L.Callback):
     check that folding does not change the output.
 
     Args:
-        directory: where to; None is ``folded`` in the logger's directory, where a resumed run replaces its own.
+        directory: where to; None is ``folded`` in the logger's directory, where a run that goes on replaces its own.
         module: name of the submodule to write; empty is the whole LightningModule.
         tied: what to do with a tied head, see :func:`taperlit.fold.fold`.
         force: replace a directory that exists.
@@ -53,8 +53,7 @@ class FoldOnEnd(L.Callback):
             )
         # Every rank must ask for log_dir: the answer is broadcast.
         self._path = Path(self.directory or Path(trainer.log_dir or trainer.default_root_dir) / "folded")
-        resumed = self.directory is None and trainer.ckpt_path is not None
-        self._replace = self.force or resumed
+        self._replace = self.force or self.directory is None
         if self._path.exists() and not self._replace:
             raise TaperlitError(f"{self._path} exists; give FoldOnEnd another directory or force=True.")
 

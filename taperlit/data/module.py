@@ -239,6 +239,7 @@ class TextDataModule(L.LightningDataModule):
             "tokenizer": self.tokenizer_json,
             "corpus": self._meta["corpus"],
             "seed": self.hparams.seed,
+            "global_batch": self.hparams.batch_size * data_rank(self.trainer)[1],
             "sample": torch.stack([blocks[i] for i in itertools.islice(range(len(blocks)), 4)]).int(),
         }
 
@@ -246,7 +247,7 @@ class TextDataModule(L.LightningDataModule):
         """Check that the checkpoint goes with this data.
 
         Raises:
-            TaperlitError: another tokenizer; or, to go on training, another corpus or seed.
+            TaperlitError: another tokenizer; or, to go on training, another corpus, seed or global batch.
         """
         mine, theirs = fingerprint(self.tokenizer_json), fingerprint(state_dict["tokenizer"])
         if mine != theirs:
@@ -260,3 +261,10 @@ class TextDataModule(L.LightningDataModule):
             raise TaperlitError("The checkpoint's run had other training data; resume it with the same data options.")
         if state_dict["seed"] != self.hparams.seed:
             raise TaperlitError(f"The checkpoint's run had data.seed {state_dict['seed']}; resume it with that seed.")
+        processes = data_rank(self.trainer)[1]
+        if state_dict["global_batch"] != self.hparams.batch_size * processes:
+            # Lightning counts batches, so its place in the data would be another block.
+            raise TaperlitError(
+                f"The checkpoint's run had {state_dict['global_batch']} blocks a batch over all processes; resume it with "
+                f"data.batch_size {state_dict['global_batch'] / processes:g} on {processes}."
+            )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from taperlit.checkpoint import load_model, read_checkpoint
 from taperlit.cli import COMMANDS, main
+from taperlit.sharded import digest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
@@ -186,6 +188,63 @@ def test_what_goes_wrong_is_one_line(tmp_path, shards, capsys):
     assert "has no tapered norms" in error_of(capsys, "fold", "--ckpt", plain)
     assert "taper/gate" not in scalars(baseline)
     assert scalars(baseline)["taper/logit_norm"]
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["file", "sharded", "metadata"])
+def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, form):
+    path, ran = tmp_path / "evil.ckpt", tmp_path / "ran"
+    content = {"state_dict": {}, "hyper_parameters": {"preset": Evil(ran)}, "taperlit": {"format": 1}}
+    if form == "file":
+        torch.save(content, path)
+    else:
+        path.mkdir()
+        torch.save({} if form == "metadata" else content, path / "meta.pt")
+        (path / ".metadata").write_bytes(pickle.dumps(Evil(ran)))
+        (path / ".metadata.sha256").write_text(digest(path))
+    for command in COMMANDS:
+        args = {"fold": ["--ckpt", str(path)], "generate": ["--model", str(path), "--prompt=x"]}.get(
+            command, ["--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, "--ckpt_path", str(path)]
+        )
+        assert "evil.ckpt" in error_of(capsys, command, *args), command
+    # nor does --ckpt_path last, which finds it by itself
+    checkpoints = tmp_path / "runs/run/version_0/checkpoints"
+    checkpoints.mkdir(parents=True)
+    path.rename(checkpoints / "last.ckpt")
+    args = ["fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, *SMALL, "--ckpt_path=last"]
+    args += [f"--trainer.logger.save_dir={tmp_path}/runs", "--trainer.logger.name=run"]
+    assert "last.ckpt" in error_of(capsys, *args)
+    assert not ran.exists()
+
+
+def test_last_goes_on_with_the_newest_run_or_says_why_not(tmp_path, shards, capsys):
+    last = ["--ckpt_path", "last"]
+    run = fit(tmp_path, shards, *last, "--trainer.max_steps=12", "--taper.gate.end=12")  # nothing there yet: begins anew
+    assert run.name == "version_0"
+    again = fit(tmp_path, shards, *last, "--trainer.max_steps=20", "--taper.gate.end=12")
+    assert again == run
+    assert read_checkpoint(run / "checkpoints/last.ckpt")["global_step"] == 20
+    assert "ckpt_path: last" in (run / "config.resumed.yaml").read_text()
+    assert "max_steps: 12" in (run / "config.yaml").read_text()  # the record of the run as it began
+    done = fit(tmp_path, shards, *last)  # it is at its end: nothing to do, and nothing harmed
+    assert read_checkpoint(done / "checkpoints/last.ckpt")["global_step"] == 20
+    base = ["fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, *SMALL, *last]
+    here = [f"--trainer.logger.save_dir={tmp_path}/runs", "--trainer.logger.name=run"]
+    assert "of another model" in error_of(capsys, *base, *here, "--model.taper=all")
+    assert "had 4 blocks a batch" in error_of(capsys, *base, *here, "--data.batch_size=8", "--trainer.max_steps=30")
+    csv = ["--trainer.logger", f"{{class_path: CSVLogger, init_args: {{save_dir: {tmp_path}}}}}"]
+    assert "CSVLogger begins a new folder" in error_of(capsys, *base, *csv)
+    assert "leaves the output folder" in error_of(capsys, *base, *here[:1], "--trainer.logger.name=../elsewhere")
+    keep = "--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {filename: ../../x}}"
+    assert "leaves the output folder" in error_of(capsys, *base, *here, keep)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_help_does_not_import_torch():
