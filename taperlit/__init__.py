@@ -10,8 +10,11 @@ __version__ = version("taperlit")
 
 _HOMES = {
     "AlignmentFreeze": "taperlit.callbacks",
+    "FiniteGuard": "taperlit.callbacks",
     "FoldOnEnd": "taperlit.callbacks",
     "GateSchedule": "taperlit.callbacks",
+    "RngState": "taperlit.callbacks",
+    "RunCheckpoint": "taperlit.callbacks",
     "ScaleAnchor": "taperlit.callbacks",
     "TaperMonitor": "taperlit.callbacks",
     "TaperlitError": "taperlit.errors",
@@ -22,6 +25,7 @@ _HOMES = {
     "fold": "taperlit.fold",
     "LanguageModel": "taperlit.module",
     "TextDataModule": "taperlit.data",
+    "Trainer": "taperlit.trainer",
     "Transformer": "taperlit.transformer",
     "TransformerConfig": "taperlit.transformer",
     "load_model": "taperlit.checkpoint",

@@ -74,7 +74,9 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
         raise TaperlitError(f"{path} is not a checkpoint of `taperlit fit`; use the last.ckpt that it wrote.")
     written = checkpoint.get("taperlit")
     if not isinstance(written, dict) or written.get("format") != CHECKPOINT_FORMAT:
-        which = "an older" if not isinstance(written, dict) or written.get("format", 0) < CHECKPOINT_FORMAT else "a newer"
+        which = (
+            "an older" if not isinstance(written, dict) or written.get("format", 0) < CHECKPOINT_FORMAT else "a newer"
+        )
         version = f" ({written.get('version')})" if isinstance(written, dict) else ""
         raise TaperlitError(f"{path} was written by {which} taperlit{version}; use that version, or train again.")
     return checkpoint

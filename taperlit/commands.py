@@ -70,7 +70,7 @@ class RunRecord(SaveConfigCallback):
     """Saves the exact config and the tokenizer of a fit beside its logs."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write ``tokenizer.json``; ``config.yaml``, or ``config.resumed.yaml`` of a run that goes on, is Lightning's."""
+        """Write ``tokenizer.json`` and ``config.yaml``; of a run that goes on, ``config.resumed.yaml``."""
         if stage != "fit":
             return
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # every rank must ask: the answer is broadcast
@@ -225,6 +225,10 @@ def run(command: str, args: list[str]) -> None:
             raise
         raise TaperlitError(f"{error.filename or 'the output folder'}: {error.strerror}; make room first.") from error
     except MisconfigurationException as error:
+        raise TaperlitError(" ".join(str(error).split())) from error
+    except RuntimeError as error:
+        if "data_parallel_size" not in str(error):
+            raise
         raise TaperlitError(" ".join(str(error).split())) from error
 
 

@@ -214,7 +214,9 @@ class LanguageModel(L.LightningModule):
         if total < 1:
             raise TaperlitError("Set trainer.max_steps: the learning rate's cosine ends there.")
         # By the kind of module, not by the number of dimensions: FSDP1's parameters are all flat.
-        weights = {kind: {m.weight for m in self.modules() if isinstance(m, kind)} for kind in (nn.Linear, nn.Embedding)}
+        weights = {
+            kind: {m.weight for m in self.modules() if isinstance(m, kind)} for kind in (nn.Linear, nn.Embedding)
+        }
         parameters = [p for p in self.parameters() if p.requires_grad]
         decays = weights[nn.Linear] - weights[nn.Embedding]  # a tied head is an embedding
         decay = [p for p in parameters if p in decays]

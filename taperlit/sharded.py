@@ -1,7 +1,8 @@
 """Sharded checkpoints, the directories that FSDP and FSDP2 write, read whole and without executing code.
 
-torch's own reader unpickles the directory's ``.metadata`` and every value that is no tensor; the classes here take only
-what such a checkpoint needs. Lightning resumes sharded runs through torch's reader, so :func:`check_sharded` goes first.
+torch's own reader unpickles the directory's ``.metadata`` and every value that is no tensor; the classes here take
+only what such a checkpoint needs. Lightning resumes sharded runs through torch's reader, so :func:`check_sharded` goes
+first.
 """
 
 import hashlib

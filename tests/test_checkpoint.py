@@ -239,13 +239,16 @@ def test_a_mutated_checkpoint_is_refused_or_the_same(real, tmp_path, form, data)
     victim.write_bytes(content)
     if kind == "delete":
         victim.unlink()
+    refusal = None
     try:
         got = read_checkpoint(path)
     except TaperlitError as error:
-        assert path.name in str(error)
-        assert "\n" not in str(error)
-    else:
+        refusal = str(error)
+    if refusal is None:
         assert differences(whole, got) == []
+    else:
+        assert path.name in refusal
+        assert "\n" not in refusal
 
 
 def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from taperlit.checkpoint import read_checkpoint
 CONFIG = Path(__file__).parents[1] / "configs/pile_350m.yaml"
 PARALLEL = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: %d, tensor_parallel_size: %d}}"  # noqa: E501
 FSDP = "{class_path: lightning.pytorch.strategies.FSDPStrategy, init_args: {auto_wrap_policy: [taperlit.transformer.Block]}}"  # noqa: E501
-SHAPE = "{vocab_size: 512, block_size: 128, n_layer: 4, n_head: 4, d_model: 128, d_ff: 384}"
+SHAPE = "{vocab_size: 384, block_size: 128, n_layer: 4, n_head: 4, d_model: 128, d_ff: 384}"
 BATCH = 8
 
 
@@ -34,7 +34,7 @@ def command(folder: Path, name: str, precision: str, options: list[str]) -> list
     return [
         sys.executable, "-W", "ignore", "-m", "taperlit", "fit", "--config", str(CONFIG), "--data.files",
         f"{folder}/corpus/*.py", "--model.overrides", SHAPE, "--model.compile=false", "--data.tokenizer=null",
-        "--data.vocab_size=512", "--data.block_size=128", f"--data.batch_size={BATCH}", "--data.val_fraction=0.1",
+        "--data.vocab_size=384", "--data.block_size=128", f"--data.batch_size={BATCH}", "--data.val_fraction=0.1",
         "--data.num_workers=0", f"--data.cache_dir={folder}/cache", "--trainer.max_steps=50",
         "--trainer.accumulate_grad_batches=1", f"--trainer.precision={precision}", "--trainer.val_check_interval=10",
         "--trainer.limit_val_batches=2", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false",
@@ -82,7 +82,9 @@ def kill_and_resume(folder: Path, reference: str, options: list[str]) -> str:
     process.wait()
     at = read_checkpoint(last)["global_step"]
     subprocess.run([*args, "--ckpt_path", "last"], check=True, capture_output=True)
-    mine, theirs = (read_checkpoint(folder / name / "version_0/checkpoints/last.ckpt") for name in (reference, "killed"))
+    mine, theirs = (
+        read_checkpoint(folder / name / "version_0/checkpoints/last.ckpt") for name in (reference, "killed")
+    )
     moments = [[v for s in c["optimizer_states"][0]["state"].values() for v in s.values()] for c in (mine, theirs)]
     pairs = zip([*mine["state_dict"].values(), *moments[0]], [*theirs["state_dict"].values(), *moments[1]], strict=True)
     same = all(torch.equal(a, b) for a, b in pairs)
@@ -100,9 +102,11 @@ def main() -> None:
     one = [f"--trainer.accelerator={accelerator}", "--trainer.devices=1"]
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     lines = [
-        f"`{shlex.join(['tools/device_checks.py', *sys.argv[1:]])}`, {device}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}, lightning {L.__version__}. Largest relative difference of a step's loss, over 50 steps",
-        "through all phases, from the same precision on one device.",
+        f"`{shlex.join(['tools/device_checks.py', *sys.argv[1:]])}`",
+        "",
+        f"{device}, Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}.",
+        "Largest relative difference of a step's loss, over 50 steps through all phases, from the same precision on one",
+        "device.",
         "",
         "| precision | way | largest difference |",
         "|---|---|---|",

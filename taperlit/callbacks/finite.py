@@ -45,7 +45,9 @@ class FiniteGuard(L.Callback):
         self._losses: list[Tensor] = []  # whether each micro-batch's is bad, since the last optimizer step
         self._batches: list[tuple[Any, int]] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Keep the batch, to find the layer with."""
         self._batches.append((batch, batch_idx))
 
@@ -66,7 +68,9 @@ class FiniteGuard(L.Callback):
             return
         self._in_a_row += 1
         in_loss = any(gather(bool(bad_loss)))
-        what = f"step {trainer.global_step + 1}{_phase(pl_module)}: the {'loss' if in_loss else 'gradient'} is not finite"
+        what = (
+            f"step {trainer.global_step + 1}{_phase(pl_module)}: the {'loss' if in_loss else 'gradient'} is not finite"
+        )
         if not self.skip or self._in_a_row > self.patience:
             where = self._first_bad_layer(trainer, pl_module, batches, losses if in_loss else None)
             after = f" for {self._in_a_row} steps in a row" if self.skip else ""
@@ -107,8 +111,8 @@ class FiniteGuard(L.Callback):
         first = next((name for name in gather(mine) if name), None)
         if first is not None:
             raise TaperlitError(
-                f"step {trainer.global_step}{_phase(pl_module)}: the weights of {first} are not finite, so they are not "
-                "saved. The last good checkpoint is kept: resume it with a lower model.lr."
+                f"step {trainer.global_step}{_phase(pl_module)}: the weights of {first} are not finite, so they are "
+                "not saved. The last good checkpoint is kept: resume it with a lower model.lr."
             )
 
     def state_dict(self) -> dict[str, Any]:

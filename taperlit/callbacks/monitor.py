@@ -22,8 +22,8 @@ class TaperMonitor(L.Callback):
     ``taper/gate``; ``taper/alignment/<norm>``, every ``c`` (its estimate so far, while the gate is 1);
     ``taper/gain_mean/<norm>`` and ``taper/gain_std/<norm>`` of the gains in use (``g gamma + (1 - g) c gamma~``);
     ``taper/pre_logit_rms``; ``taper/logit_norm`` (mean over tokens of the logits' 2-norm); ``grad_norm/<weight
-    type>``, layers taken together, as in figure 4 of arXiv:2602.10408. A model without TaperNorm gets the last three, so
-    a baseline can be compared. FSDP1 hides the gains; FSDP2 does not.
+    type>``, layers taken together, as in figure 4 of arXiv:2602.10408. A model without TaperNorm gets the last three,
+    so a baseline can be compared. FSDP1 hides the gains; FSDP2 does not.
 
     Args:
         every: optimizer steps between two records.

@@ -67,12 +67,13 @@ class TokenThroughput(L.Callback):
         self._count_time()
         self._steps += 1
         self._session_tokens += self._batch_tokens
+        flops = None if self._flops_per_token is None else self._flops_per_token * self._batch_tokens * self._share
         self._throughput.update(
             time=self._elapsed,
             batches=self._steps,
             samples=self._steps,
             lengths=self._session_tokens,
-            flops=None if self._flops_per_token is None else int(self._flops_per_token * self._batch_tokens * self._share),
+            flops=None if flops is None else int(flops),
         )
         self._batch_tokens = 0
         if trainer._logger_connector.should_update_logs:

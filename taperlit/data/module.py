@@ -264,7 +264,8 @@ class TextDataModule(L.LightningDataModule):
         processes = data_rank(self.trainer)[1]
         if state_dict["global_batch"] != self.hparams.batch_size * processes:
             # Lightning counts batches, so its place in the data would be another block.
+            blocks = state_dict["global_batch"]
             raise TaperlitError(
-                f"The checkpoint's run had {state_dict['global_batch']} blocks a batch over all processes; resume it with "
-                f"data.batch_size {state_dict['global_batch'] / processes:g} on {processes}."
+                f"The checkpoint's run had {blocks} blocks a batch over all processes; resume it with data.batch_size "
+                f"{blocks / processes:g} on {processes}."
             )

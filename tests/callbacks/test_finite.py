@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from taperlit import AlignmentFreeze, GateSchedule, ScaleAnchor, taper
-from taperlit.callbacks import FiniteGuard, RngState, RunCheckpoint
+from taperlit.callbacks import FiniteGuard, RunCheckpoint
 from taperlit.errors import TaperlitError
 from taperlit.trainer import Trainer
 
@@ -112,7 +112,7 @@ def test_skipping_without_end_stops(tmp_path):
             return super().training_step(batch, batch_idx) * float("inf")
 
     guard = FiniteGuard(skip=True, patience=3)
-    with pytest.raises(TaperlitError, match="step 4 .*for 4 steps in a row"):
+    with pytest.raises(TaperlitError, match=r"step 4 .*for 4 steps in a row"):
         fit(tmp_path, Always(), guard)
     assert guard.skipped == 3
     with pytest.raises(TaperlitError, match="patience is 0"):

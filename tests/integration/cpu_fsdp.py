@@ -1,4 +1,4 @@
-"""FSDP (version 1) on the CPU: Lightning's strategy over torch's own code, on a device whose streams have nothing to do.
+"""FSDP (version 1) on the CPU: Lightning's strategy and torch's own code, on a device whose streams do nothing.
 
 Both refuse the CPU, and CI has no GPU. Only checkpoints do not work so.
 """

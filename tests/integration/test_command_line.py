@@ -226,7 +226,7 @@ def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, form
 
 def test_last_goes_on_with_the_newest_run_or_says_why_not(tmp_path, shards, capsys):
     last = ["--ckpt_path", "last"]
-    run = fit(tmp_path, shards, *last, "--trainer.max_steps=12", "--taper.gate.end=12")  # nothing there yet: begins anew
+    run = fit(tmp_path, shards, *last, "--trainer.max_steps=12", "--taper.gate.end=12")  # begins anew
     assert run.name == "version_0"
     again = fit(tmp_path, shards, *last, "--trainer.max_steps=20", "--taper.gate.end=12")
     assert again == run

@@ -18,7 +18,8 @@ WAYS = {
         2, 2, 1, ["--trainer.strategy", FSDP2, "--trainer.strategy.init_args.save_distributed_checkpoint=false"],
     ),
     "fsdp": (
-        2, 2, 1, ["--trainer.strategy", "{class_path: cpu_fsdp.CpuFSDPStrategy}", "--trainer.enable_checkpointing=false"],
+        2, 2, 1,
+        ["--trainer.strategy", "{class_path: cpu_fsdp.CpuFSDPStrategy}", "--trainer.enable_checkpointing=false"],
     ),
     "tensor parallel": (2, 4, 1, ["--trainer.strategy", TENSOR]),
     "ddp, compiled": (2, 2, 1, ["--trainer.strategy=ddp"]),

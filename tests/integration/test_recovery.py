@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, moved, or out of disk: nothing saved is lost, and what goes on is the same run."""
+"""Runs that are killed, told to stop, moved, or out of disk: nothing saved is lost, and they go on as the same run."""
 
 import functools
 import os
