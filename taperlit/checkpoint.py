@@ -73,12 +73,10 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     if "hyper_parameters" not in keys or (path.is_file() and "state_dict" not in keys):
         raise TaperlitError(f"{path} is not a checkpoint of `taperlit fit`; use the last.ckpt that it wrote.")
     written = checkpoint.get("taperlit")
-    if not isinstance(written, dict) or written.get("format") != CHECKPOINT_FORMAT:
-        which = (
-            "an older" if not isinstance(written, dict) or written.get("format", 0) < CHECKPOINT_FORMAT else "a newer"
-        )
-        version = f" ({written.get('version')})" if isinstance(written, dict) else ""
-        raise TaperlitError(f"{path} was written by {which} taperlit{version}; use that version, or train again.")
+    number = written.get("format") if isinstance(written, dict) else 0
+    if number != CHECKPOINT_FORMAT:
+        which = "a newer" if isinstance(number, int) and number > CHECKPOINT_FORMAT else "an older"
+        raise TaperlitError(f"{path} was written by {which} taperlit; use that version, or train again.")
     return checkpoint
 
 

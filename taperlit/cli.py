@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from taperlit.errors import TaperlitError
@@ -70,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(message: str, status: int = 1) -> int:
     # Of a run's processes (Lightning, torchrun and SLURM number them so) the first speaks for what happens to all.
-    rank = next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
-    if not rank:
-        print(f"taperlit: error: {message}", file=sys.stderr)
-    else:
-        print(f"taperlit: [rank {rank}] {message}", file=sys.stderr)
+    numbers = {name: int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ}
+    rank = next(iter(numbers.values()), 0)
+    speaker = f"[rank {rank}]" if rank else "error:"
+    print(f"taperlit: {speaker} {message}", file=sys.stderr)
+    if rank and list(numbers) == ["LOCAL_RANK"]:
+        time.sleep(6)  # Lightning's launcher kills the first process when it sees another fail: let it speak before
     return status

@@ -68,9 +68,8 @@ class FiniteGuard(L.Callback):
             return
         self._in_a_row += 1
         in_loss = any(gather(bool(bad_loss)))
-        what = (
-            f"step {trainer.global_step + 1}{_phase(pl_module)}: the {'loss' if in_loss else 'gradient'} is not finite"
-        )
+        which = "loss" if in_loss else "gradient"
+        what = f"step {trainer.global_step + 1}{_phase(pl_module)}: the {which} is not finite"
         if not self.skip or self._in_a_row > self.patience:
             where = self._first_bad_layer(trainer, pl_module, batches, losses if in_loss else None)
             after = f" for {self._in_a_row} steps in a row" if self.skip else ""
@@ -78,8 +77,9 @@ class FiniteGuard(L.Callback):
                 f"{what}{after}; it began in {where}. The last good checkpoint is kept: resume it with a lower model.lr"
                 f"{'' if self.skip else ', or skip such steps with --taper.guard.skip=true'}."
             )
-        for parameter in pl_module.parameters():
-            parameter.grad = None  # an optimizer leaves alone what has no gradient
+        if not _is_scaled(trainer):  # the scaler wants to see the gradients, and then skips the step itself
+            for parameter in pl_module.parameters():
+                parameter.grad = None  # an optimizer leaves alone what has no gradient
         for callback in trainer.callbacks:
             if hasattr(callback, "on_step_skipped"):
                 callback.on_step_skipped(trainer, pl_module)
