@@ -29,12 +29,16 @@ def tiny():
     return build
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    """A folder of text that compresses: enough for a few hundred blocks of 32 tokens."""
-    folder = tmp_path / "corpus"
+def write_corpus(folder):
+    """Text that compresses: enough for a few hundred blocks of 32 tokens."""
     folder.mkdir()
     for i in range(60):
         lines = [f"def function_{i}_{j}(x):\n    return x * {j} + {i * j % 17}\n" for j in range(40)]
         (folder / f"{i:02}.py").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of text."""
+    return write_corpus(tmp_path / "corpus")

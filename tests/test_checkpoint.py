@@ -281,7 +281,7 @@ def test_a_directory_killed_between_its_two_renames_comes_back(tmp_path):
 
 def test_no_path_of_a_checkpoint_is_deleted_outside_the_runs_folder(tmp_path):
     keep = RunCheckpoint(dirpath=tmp_path / "run")
-    outside = [str(tmp_path / "victim.ckpt"), f"{tmp_path}/run/../../victim.ckpt", str(tmp_path / "run/deep/x.ckpt")]
+    outside = [str(tmp_path / "victim.ckpt"), f"{tmp_path}/run/../../victim.ckpt", f"{tmp_path}/run/.."]
     inside = str(tmp_path / "run/best.ckpt")
     state = keep.state_dict() | {
         "best_k_models": {path: torch.tensor(1.0) for path in [*outside, inside]},

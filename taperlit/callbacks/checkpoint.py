@@ -69,7 +69,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Restore it, but no path outside this run's folder: checkpoints at these paths get deleted in time."""
 
         def inside(path: str) -> bool:
-            return Path(path).parent == Path(self.dirpath)
+            return Path(path).parent == Path(self.dirpath) and Path(path).name != ".."
 
         state = dict(state_dict)
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):

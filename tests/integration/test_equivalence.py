@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import write_corpus
 from processes import FSDP2, TENSOR, Run, fit_args, scalars
 
 from taperlit.checkpoint import read_checkpoint
@@ -32,11 +33,7 @@ WAYS = {
 def home(tmp_path_factory):
     """A corpus, its token cache, and the reference: one process, one batch a step."""
     folder = tmp_path_factory.mktemp("equivalence")
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for i in range(60):
-        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + {i * j % 17}\n" for j in range(40)]
-        (corpus / f"{i:02}.py").write_text("\n".join(lines))
+    write_corpus(folder / "corpus")
     return folder
 
 
@@ -92,3 +89,21 @@ def test_low_precision_keeps_its_statistics_in_float32(home, one, way, precision
         elif key.endswith("weight"):
             assert value.dtype == wanted, key
     assert checkpoint["callbacks"]["ScaleAnchor"]["target"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("strategy", "extra", "words"),
+    [
+        (FSDP2.replace("data_parallel_size: 2", "data_parallel_size: 3"), [], "data_parallel_size=3"),
+        (TENSOR, ["--model.overrides.n_head=1"], "n_head 1 is not a multiple of the strategy's tensor_parallel_size 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_line(home, strategy, extra, words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAPERLIT_CACHE", str(home / "cache"))
+        args = fit_args(home, home / "corpus", "--trainer.devices=2", "--trainer.strategy", strategy, *extra)
+        run = Run(args, home, 2)
+    assert run.wait() == [1, 1], run.log.read_text()
+    (line,) = run.errors()
+    assert words in line
+    assert "Traceback" not in run.log.read_text()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_corpus
 from processes import FSDP2, Run, differences, fit_args, scalars
 
 from taperlit.checkpoint import load_model, open_checkpoint, read_checkpoint
@@ -27,10 +28,7 @@ RESUME = ["--ckpt_path", "last"]
 def home(tmp_path_factory):
     """A corpus and a token cache for all runs here."""
     folder = tmp_path_factory.mktemp("recovery")
-    (folder / "corpus").mkdir()
-    for i in range(60):
-        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + {i * j % 17}\n" for j in range(40)]
-        (folder / f"corpus/{i:02}.py").write_text("\n".join(lines))
+    write_corpus(folder / "corpus")
     return folder
 
 
