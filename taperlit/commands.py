@@ -133,8 +133,10 @@ class TaperlitCLI(LightningCLI):
             raise TaperlitError(" ".join(str(error).split())) from error
         _stay_inside(trainer)
         options = self.config_init[self.subcommand]
-        if self.subcommand == "fit" and options.get("ckpt_path") == "last":
+        if options.get("ckpt_path") == "last":
             options["ckpt_path"] = _find_last(trainer, self.model)
+            if options["ckpt_path"] is None and self.subcommand != "fit":
+                raise TaperlitError("--ckpt_path last: this config's runs have no checkpoint yet; fit first.")
         return trainer
 
 

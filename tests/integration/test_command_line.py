@@ -233,6 +233,13 @@ def test_last_goes_on_with_the_newest_run_or_says_why_not(tmp_path, shards, caps
     assert read_checkpoint(run / "checkpoints/last.ckpt")["global_step"] == 20
     assert "ckpt_path: last" in (run / "config.resumed.yaml").read_text()
     assert "max_steps: 12" in (run / "config.yaml").read_text()  # the record of the run as it began
+    capsys.readouterr()
+    evaluate = ["validate", "--config", str(run / "config.yaml"), *last]
+    assert main(evaluate) == 0
+    printed = float(re.search(r"val/loss\W+([\d.]+)", capsys.readouterr().out)[1])
+    assert printed == pytest.approx(scalars(run)["val/loss"][-1][1], rel=1e-5)
+    nothing = ["--trainer.logger.init_args.name=nothing"]
+    assert "no checkpoint yet" in error_of(capsys, *evaluate, *nothing)
     done = fit(tmp_path, shards, *last)  # it is at its end: nothing to do, and nothing harmed
     assert read_checkpoint(done / "checkpoints/last.ckpt")["global_step"] == 20
     base = ["fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, *SMALL, *last]
