@@ -21,6 +21,7 @@ from taperlit.cli import main
 pytestmark = pytest.mark.slow
 TWO_FSDP2 = ["--trainer.devices=2", "--data.batch_size=2", "--trainer.strategy", FSDP2]
 TWO_DDP = ["--trainer.devices=2", "--data.batch_size=2", "--trainer.strategy=ddp"]
+ONE_FILE = [*TWO_FSDP2, "--trainer.strategy.init_args.save_distributed_checkpoint=false"]
 RESUME = ["--ckpt_path", "last"]
 
 
@@ -205,10 +206,9 @@ MOVES = {
     "two FSDP2 processes to one": (TWO_FSDP2, 2, [], 1),
     "one process to two FSDP2": ([], 1, TWO_FSDP2, 2),
     "two FSDP2 processes to two DDP": (TWO_FSDP2, 2, TWO_DDP, 2),
-    "two FSDP2 processes, in one file, to one": (
-        [*TWO_FSDP2, "--trainer.strategy.init_args.save_distributed_checkpoint=false"], 2, [], 1,
-    ),
-}  # fmt: skip
+    "two FSDP2 processes, in one file, to one": (ONE_FILE, 2, [], 1),
+    "two FSDP2 processes, in one file, to two": (ONE_FILE, 2, ONE_FILE, 2),
+}
 
 
 @pytest.mark.parametrize("move", MOVES)
