@@ -128,9 +128,9 @@ def read_sharded(directory: Path, optimizer: bool) -> dict[str, Any]:
     }
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on one process it should be
         try:
-            load(flat, storage_reader=_Reader(directory), planner=planner, no_dist=True)
+            load(flat, storage_reader=_Reader(directory), planner=planner)
         except CheckpointException as error:  # no Exception of Python's
             reason, _ = next(iter(error.failures.values()))
             raise ValueError(str(reason)) from error

@@ -139,7 +139,7 @@ def shard(directory, state=None):
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save({"state_dict": values, "optimizer_0": optimizer, **(state or {})}, checkpoint_id=directory, no_dist=True)
+        save({"state_dict": values, "optimizer_0": optimizer, **(state or {})}, checkpoint_id=directory)
     torch.save({key: value for key, value in written().items() if key != "state_dict"}, directory / "meta.pt")
     (directory / DIGEST).write_text(digest(directory))
     return {"state_dict": values, "optimizer_states": [optimizer]}
