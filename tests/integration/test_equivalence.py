@@ -78,10 +78,9 @@ def test_same_run(home, one, way):
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "tensor parallel"])
 def test_low_precision_keeps_its_statistics_in_float32(home, one, way, precision):
     ranks, batch, accumulate, extra = WAYS[way]
-    extra = [*extra, f"--trainer.precision={precision}", "--trainer.max_steps=20", "--taper.gate.end=20"]
-    run = go(home, f"{way} {precision}", ranks, batch, accumulate, extra)
-    losses, expected = ([v for _, v in scalars(folder)["train/loss"]][:20] for folder in (run, one))
-    assert losses == pytest.approx(expected, rel=0.02)
+    run = go(home, f"{way} {precision}", ranks, batch, accumulate, [*extra, f"--trainer.precision={precision}"])
+    losses, expected = ([v for _, v in scalars(folder)["train/loss"]] for folder in (run, one))
+    assert losses == pytest.approx(expected, rel=0.03)
     checkpoint = read_checkpoint(run / "checkpoints/last.ckpt")
     wanted = torch.bfloat16 if precision == "bf16-true" else torch.float32
     for key, value in checkpoint["state_dict"].items():
