@@ -133,10 +133,10 @@ class TaperlitCLI(LightningCLI):
             raise TaperlitError(" ".join(str(error).split())) from error
         _stay_inside(trainer)
         options = self.config_init[self.subcommand]
-        if options.get("ckpt_path") == "last":
-            options["ckpt_path"] = _find_last(trainer, self.model)
-            if options["ckpt_path"] is None and self.subcommand != "fit":
-                raise TaperlitError("--ckpt_path last: this config's runs have no checkpoint yet; fit first.")
+        if (keyword := options.get("ckpt_path")) in (None, *KEYWORDS):
+            options["ckpt_path"] = _find(trainer, self.model, keyword)
+            if keyword is not None and options["ckpt_path"] is None and self.subcommand != "fit":
+                raise TaperlitError(f"--ckpt_path {keyword}: this config's runs have no checkpoint yet; fit first.")
         return trainer
 
 
@@ -154,21 +154,31 @@ def _stay_inside(trainer: L.Trainer) -> None:
             raise TaperlitError(f"{what} leaves the output folder; name the folder in save_dir or dirpath.")
 
 
-def _find_last(trainer: L.Trainer, model: LanguageModel) -> str | None:
-    """The checkpoint at which the newest run of this config's logger stopped, and let the run go on in its folder.
+def _find(trainer: L.Trainer, model: LanguageModel, keyword: str | None) -> str | None:
+    """The checkpoint that Lightning would choose by itself, looked into before Lightning reads it.
+
+    ``last`` is where the newest run of this config's logger stopped; the run goes on in its folder. Without a keyword
+    there may be one that SLURM's requeueing left.
 
     Raises:
         TaperlitError: it cannot be told which run to go on with, or it trained another model.
     """
-    for logger in trainer.loggers:
-        _continue_version(logger)
-    path = trainer._checkpoint_connector._parse_ckpt_path(
-        TrainerFn.FITTING, "last", model_provided=True, model_connected=True
-    )
+    if keyword == "last":
+        for logger in trainer.loggers:
+            _continue_version(logger)
+    try:
+        path = trainer._checkpoint_connector._parse_ckpt_path(
+            TrainerFn.FITTING, keyword, model_provided=True, model_connected=True
+        )
+    except ValueError as error:
+        raise TaperlitError(f"--ckpt_path {keyword}: this config's runs have none; name the file.") from error
     if path is None:
         return None
-    hparams = _look_into(path)["hyper_parameters"]
-    if config_from_hparams(**hparams) != model.config:
+    try:
+        config = config_from_hparams(**_look_into(path)["hyper_parameters"])
+    except TypeError:
+        config = None
+    if config != model.config:
         raise TaperlitError(f"{path} is of another model; name its run's config, or begin anew without --ckpt_path.")
     return path
 

@@ -214,11 +214,9 @@ class LanguageModel(L.LightningModule):
         if total < 1:
             raise TaperlitError("Set trainer.max_steps: the learning rate's cosine ends there.")
         # By the kind of module, not by the number of dimensions: FSDP1's parameters are all flat.
-        weights = {
-            kind: {m.weight for m in self.modules() if isinstance(m, kind)} for kind in (nn.Linear, nn.Embedding)
-        }
+        embeddings = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)}
+        decays = {module.weight for module in self.modules() if isinstance(module, nn.Linear)} - embeddings
         parameters = [p for p in self.parameters() if p.requires_grad]
-        decays = weights[nn.Linear] - weights[nn.Embedding]  # a tied head is an embedding
         decay = [p for p in parameters if p in decays]
         keep = [p for p in parameters if p not in decays]
         # A fused step unscales by itself, which Lightning cannot clip; only float16 has a scale.

@@ -102,7 +102,7 @@ def test_skipping_leaves_everything_as_it_was(tmp_path, bad, step):
     assert guard.state_dict() == {"skipped": 1}
     before, after = states[step - 2], states[step - 1]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(after, states[step], strict=True)) if step < 12 else True
+    assert not all(torch.equal(a, b) for a, b in zip(after, states[step], strict=True))  # and then it goes on
     assert all(value.isfinite().all() for value in states[-1])
 
 

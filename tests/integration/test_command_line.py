@@ -199,7 +199,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("form", ["file", "sharded", "metadata"])
-def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, form):
+def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, monkeypatch, form):
     path, ran = tmp_path / "evil.ckpt", tmp_path / "ran"
     content = {"state_dict": {}, "hyper_parameters": {"preset": Evil(ran)}, "taperlit": {"format": 1}}
     if form == "file":
@@ -221,6 +221,12 @@ def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, form
     args = ["fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, *SMALL, "--ckpt_path=last"]
     args += [f"--trainer.logger.save_dir={tmp_path}/runs", "--trainer.logger.name=run"]
     assert "last.ckpt" in error_of(capsys, *args)
+    # nor a job that SLURM started again, whose checkpoint Lightning looks for unasked
+    (checkpoints / "last.ckpt").rename(tmp_path / "hpc_ckpt_1.ckpt")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert "hpc_ckpt_1.ckpt" in error_of(capsys, *args[:-3], *args[-2:], f"--trainer.default_root_dir={tmp_path}")
     assert not ran.exists()
 
 
@@ -240,6 +246,7 @@ def test_last_goes_on_with_the_newest_run_or_says_why_not(tmp_path, shards, caps
     assert printed == pytest.approx(scalars(run)["val/loss"][-1][1], rel=1e-5)
     nothing = ["--trainer.logger.init_args.name=nothing"]
     assert "no checkpoint yet" in error_of(capsys, *evaluate, *nothing)
+    assert "--ckpt_path best" in error_of(capsys, *evaluate[:-1], "best")
     done = fit(tmp_path, shards, *last)  # it is at its end: nothing to do, and nothing harmed
     assert read_checkpoint(done / "checkpoints/last.ckpt")["global_step"] == 20
     base = ["fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, *SMALL, *last]
