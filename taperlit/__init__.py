@@ -22,13 +22,13 @@ _HOMES = {
     "TaperLayerNorm": "taperlit.norm",
     "TaperNorm": "taperlit.norm",
     "TaperRMSNorm": "taperlit.norm",
-    "fold": "taperlit.fold",
-    "LanguageModel": "taperlit.module",
+    "fold": "taperlit.folding",
+    "LanguageModel": "taperlit.training.module",
     "TextDataModule": "taperlit.data",
-    "Trainer": "taperlit.trainer",
+    "Trainer": "taperlit.training.trainer",
     "Transformer": "taperlit.transformer",
     "TransformerConfig": "taperlit.transformer",
-    "load_model": "taperlit.checkpoint",
+    "load_model": "taperlit.checkpoint.folded",
     "taper": "taperlit.surgery",
 }
 __all__ = [*_HOMES]

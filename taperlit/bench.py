@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from taperlit.generate import decode
+from taperlit.decode.generate import decode
 from taperlit.transformer import Transformer
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from taperlit.errors import TaperlitError
-from taperlit.sharding import plain_name
 
 
 class Phase(enum.Enum):
@@ -27,6 +26,11 @@ class Phase(enum.Enum):
     NORMALIZE = "normalize"  # g = 1: the torch norm, bit for bit
     BLEND = "blend"  # 0 < g < 1
     LINEAR = "linear"  # g = 0: an affine map with no per-token statistic
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without the marks of the wrappers around it (FSDP1)."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 class Float32State(nn.Module):

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["taperlit.commands"])
+_context.set_forkserver_preload(["taperlit.cli.train"])
 
 FSDP2 = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: 2, tensor_parallel_size: 1}}"  # noqa: E501
 TENSOR = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: 1, tensor_parallel_size: 2}}"  # noqa: E501

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from taperlit.consumers import find_consumers
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperLayerNorm, TaperRMSNorm, shared_gate, tapered_norms
-from taperlit.surgery import find_consumers, taper
+from taperlit.surgery import taper
 
 
 def encoder(**options):

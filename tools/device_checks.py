@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from taperlit.checkpoint import read_checkpoint
+from taperlit.checkpoint.reader import read_checkpoint
 
 CONFIG = Path(__file__).parents[1] / "configs/pile_350m.yaml"
 PARALLEL = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: %d, tensor_parallel_size: %d}}"  # noqa: E501

@@ -11,8 +11,8 @@ import torch
 from traces import scalars
 
 from taperlit.bench import compare_decoding
-from taperlit.checkpoint import load_checkpoint, load_folded
-from taperlit.fold import largest_difference
+from taperlit.checkpoint.folded import load_checkpoint, load_folded
+from taperlit.folding import largest_difference
 
 
 @torch.no_grad()

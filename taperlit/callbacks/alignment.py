@@ -5,10 +5,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from taperlit.callbacks.partners import keep_buffers_float32, resolve_boundary, whole_parameters
+from taperlit.callbacks.partners import resolve_boundary
+from taperlit.distributed import keep_buffers_float32, mean_over_ranks, whole_parameters
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm, update_alignment
-from taperlit.ranks import mean_over_ranks
 from taperlit.surgery import require_tapered
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from taperlit.callbacks.partners import named_module, resolve_boundary
+from taperlit.distributed import mean_over_ranks
 from taperlit.errors import TaperlitError
-from taperlit.ranks import mean_over_ranks
 
 
 class ScaleAnchor(L.Callback):

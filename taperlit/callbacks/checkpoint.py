@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from taperlit.files import recover
+from taperlit.checkpoint.atomic import recover
 
 
 class RunCheckpoint(ModelCheckpoint):

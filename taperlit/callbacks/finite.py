@@ -7,10 +7,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from taperlit.distributed import gather, local
 from taperlit.errors import TaperlitError
-from taperlit.norm import Phase, shared_gate
-from taperlit.ranks import gather
-from taperlit.sharding import local, plain_name
+from taperlit.norm import Phase, plain_name, shared_gate
 
 PHASES = {Phase.NORMALIZE: "in the warm-up", Phase.BLEND: "in the taper", Phase.LINEAR: "after the taper"}
 

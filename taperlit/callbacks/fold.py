@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from taperlit.callbacks.partners import named_module
+from taperlit.checkpoint.folded import write_folded
 from taperlit.errors import TaperlitError
-from taperlit.fold import TOLERANCE, check_gate, fold, largest_difference, write_folded
+from taperlit.folding import TOLERANCE, check_gate, fold, largest_difference
 from taperlit.surgery import require_tapered
 
 
@@ -25,7 +26,7 @@ class FoldOnEnd(L.Callback):
     Args:
         directory: where to; None is ``folded`` in the logger's directory, where a run that goes on replaces its own.
         module: name of the submodule to write; empty is the whole LightningModule.
-        tied: what to do with a tied head, see :func:`taperlit.fold.fold`.
+        tied: what to do with a tied head, see :func:`taperlit.folding.fold`.
         force: replace a directory that exists.
 
     Raises:

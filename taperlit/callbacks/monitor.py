@@ -10,10 +10,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from taperlit.callbacks.partners import named_module
+from taperlit.distributed import gradient_norms, mean_over_ranks, whole
 from taperlit.errors import TaperlitError
-from taperlit.norm import TaperNorm, tapered_norms
-from taperlit.ranks import gradient_norms, mean_over_ranks
-from taperlit.sharding import plain_name, whole
+from taperlit.norm import TaperNorm, plain_name, tapered_norms
 
 
 class TaperMonitor(L.Callback):

@@ -1,14 +1,9 @@
 """What the callbacks ask of each other, of the model and of the strategy."""
 
-import dataclasses
-from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import lightning as L
-import torch
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from taperlit.errors import TaperlitError
 from taperlit.schedule import resolve_steps
@@ -54,17 +49,3 @@ def named_module(pl_module: L.LightningModule, name: str, who: str) -> nn.Module
             f"{who} finds no module {name!r} in {type(pl_module).__name__}; its children are "
             f"{', '.join(child for child, _ in pl_module.named_children())}."
         ) from error
-
-
-def keep_buffers_float32(trainer: L.Trainer) -> None:
-    """Call in ``setup``: FSDP1's mixed precision would round every buffer, the gate and the statistics among them."""
-    if isinstance(trainer.strategy, FSDPStrategy) and trainer.strategy.mixed_precision_config is not None:
-        config = trainer.strategy.mixed_precision_config
-        trainer.strategy.mixed_precision = dataclasses.replace(config, buffer_dtype=torch.float32)
-
-
-def whole_parameters(trainer: L.Trainer) -> AbstractContextManager:
-    """Parameters may be copied into each other here: FSDP1's parts of two of them need not match."""
-    if isinstance(trainer.strategy, FSDPStrategy):
-        return FullyShardedDataParallel.summon_full_params(trainer.strategy.model)
-    return nullcontext()

@@ -7,7 +7,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from taperlit.ranks import gather
+from taperlit.distributed import gather
 
 
 class RngState(L.Callback):

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.throughput import Throughput, get_available_flop
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from torch import Tensor
 
-from taperlit.ranks import data_rank
+from taperlit.distributed import data_rank
 
 
 class TokenThroughput(L.Callback):

@@ -14,13 +14,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
+from taperlit.checkpoint.atomic import write_directory
 from taperlit.data.loader import BlockSampler, ResumableLoader
 from taperlit.data.sources import Piece, describe_files, expand_globs, python_files, read_files, read_hub
 from taperlit.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from taperlit.data.tokens import SPLITS, TokenBlocks, split_of, write_tokens
+from taperlit.distributed import data_rank
 from taperlit.errors import TaperlitError
-from taperlit.files import write_directory
-from taperlit.ranks import data_rank
 
 CACHE_FORMAT = 1
 

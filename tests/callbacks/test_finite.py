@@ -8,7 +8,7 @@ from torch import nn
 from taperlit import AlignmentFreeze, GateSchedule, ScaleAnchor, taper
 from taperlit.callbacks import FiniteGuard, RunCheckpoint
 from taperlit.errors import TaperlitError
-from taperlit.trainer import Trainer
+from taperlit.training.trainer import Trainer
 
 
 class Net(L.LightningModule):

@@ -15,9 +15,10 @@ import zstandard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from taperlit.checkpoint import load_model, read_checkpoint
-from taperlit.cli import COMMANDS, main
-from taperlit.sharded import digest
+from taperlit.checkpoint.folded import load_model
+from taperlit.checkpoint.reader import read_checkpoint
+from taperlit.checkpoint.sharded import digest
+from taperlit.cli.entry import COMMANDS, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [

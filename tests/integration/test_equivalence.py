@@ -5,7 +5,7 @@ import torch
 from conftest import write_corpus
 from processes import FSDP2, TENSOR, Run, fit_args, scalars
 
-from taperlit.checkpoint import read_checkpoint
+from taperlit.checkpoint.reader import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import fit_args
 
-from taperlit.checkpoint import open_checkpoint
+from taperlit.checkpoint.reader import open_checkpoint
 
 pytestmark = pytest.mark.slow
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -15,7 +15,8 @@ import torch
 from conftest import write_corpus
 from processes import FSDP2, Run, differences, fit_args, scalars
 
-from taperlit.checkpoint import load_model, open_checkpoint, read_checkpoint
+from taperlit.checkpoint.folded import load_model
+from taperlit.checkpoint.reader import open_checkpoint, read_checkpoint
 from taperlit.cli import main
 
 pytestmark = pytest.mark.slow
@@ -90,8 +91,8 @@ def test_killed_at_any_step_it_ends_bit_identical(home, whole):
 
 def die_while_saving(moment, skip, rank):
     """Kill -9 in the middle of writing a ``last.ckpt``, after letting some be written."""
-    import taperlit.files as files
-    import taperlit.trainer as trainer
+    import taperlit.checkpoint.atomic as files
+    import taperlit.training.trainer as trainer
 
     count = iter(range(100))
 

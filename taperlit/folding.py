@@ -4,23 +4,19 @@
 identity in the RMSNorm kind. Computed in float64, stored in the weights' own dtype.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from taperlit.consumers import Consumer, Feeds, find_consumers
 from taperlit.errors import TaperlitError
-from taperlit.files import write_directory
 from taperlit.norm import Affine, Phase, TaperNorm, shared_gate
-from taperlit.surgery import Consumer, Feeds, find_consumers, require_tapered
+from taperlit.surgery import require_tapered
 
-FORMAT = "taperlit-folded-1"
 TOLERANCE = 1e-3  # largest relative difference of outputs before and after folding that is still rounding
 
 
@@ -153,31 +149,3 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     """Largest ``|a - b|`` relative to the largest ``|a|``, in float64."""
     a, b = a.double(), b.double()
     return ((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item()
-
-
-def write_folded(
-    directory: str | Path, model: nn.Module, folded: list[str], tokenizer_json: str | None, force: bool = False
-) -> Path:
-    """Write ``model.safetensors``, ``config.json`` and ``tokenizer.json``: all of them or nothing.
-
-    Args:
-        directory: made here; its files appear under this name only when all are safely on disk.
-        model: the folded model. A ``config_dict()`` of its own goes into ``config.json``.
-        folded: a line for each norm that is gone.
-        tokenizer_json: the tokenizer's text, or None.
-        force: replace a directory that exists.
-
-    Raises:
-        TaperlitError: the directory exists, or cannot be written.
-    """
-    config = {"format": FORMAT, "model_class": type(model).__name__, "folded_norms": folded}
-    if hasattr(model, "config_dict"):
-        config["model"] = model.config_dict()
-
-    def fill(partial: Path) -> None:
-        save_model(model, str(partial / "model.safetensors"))
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer_json is not None:
-            (partial / "tokenizer.json").write_text(tokenizer_json)
-
-    return write_directory(Path(directory), fill, force)

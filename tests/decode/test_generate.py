@@ -3,8 +3,8 @@ import torch
 from tokenizers import Tokenizer
 
 from taperlit.data.tokenizer import train_tokenizer
+from taperlit.decode.generate import decode, sample, stream_text
 from taperlit.errors import TaperlitError
-from taperlit.generate import decode, sample, stream_text
 
 
 def test_greedy_decoding_is_argmax_of_full_passes(tiny):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from taperlit.errors import TaperlitError
-from taperlit.fold import fold, largest_difference
+from taperlit.folding import fold, largest_difference
 from taperlit.norm import TaperNorm, shared_gate, tapered_norms
 from taperlit.surgery import taper
 from taperlit.transformer import Transformer, TransformerConfig

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from taperlit import __version__
-from taperlit.callbacks.partners import keep_buffers_float32
-from taperlit.checkpoint import CHECKPOINT_FORMAT, config_from_hparams
+from taperlit.checkpoint.folded import config_from_hparams
+from taperlit.checkpoint.reader import CHECKPOINT_FORMAT
+from taperlit.distributed import gradient_norms, keep_buffers_float32, local, mean_over_ranks, parallelize
 from taperlit.errors import TaperlitError
-from taperlit.parallel import parallelize
-from taperlit.ranks import gradient_norms, mean_over_ranks
+from taperlit.norm import plain_name
 from taperlit.schedule import resolve_steps, warmup_cosine
-from taperlit.sharding import local, plain_name
 from taperlit.transformer import Taper, Transformer, TransformerOverrides
 
 # What a metric does with a NaN: keep it. torchmetrics' own default drops it, and its "disable" drops the weights.

@@ -9,11 +9,11 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException
 
-from taperlit.checkpoint import load_whole
+from taperlit.checkpoint.atomic import aside, commit, remove
+from taperlit.checkpoint.reader import load_whole
+from taperlit.checkpoint.sharded import DIGEST, META, digest
+from taperlit.distributed import gather
 from taperlit.errors import TaperlitError
-from taperlit.files import aside, commit, remove
-from taperlit.ranks import gather
-from taperlit.sharded import DIGEST, META, digest
 
 
 class RunCheckpointIO(TorchCheckpointIO):

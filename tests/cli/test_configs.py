@@ -5,11 +5,11 @@ from unittest import mock
 import pytest
 import torch
 
-from taperlit.commands import TaperlitCLI, build_cli
-from taperlit.module import LanguageModel
+from taperlit.cli.train import TaperlitCLI, build_cli
 from taperlit.norm import tapered_norms
+from taperlit.training.module import LanguageModel
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 SIZES = {"1m": 1e6, "3m": 3e6, "9m": 9e6, "30m": 30e6, "124m": 124e6, "350m": 350e6}
 OVERLAYS = {"baseline": "none", "internal": "internal", "internal_aux": "internal", "all": "all", "all_aux": "all"}

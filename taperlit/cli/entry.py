@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Lightning 2.6 uses what jsonargparse is about to drop; that is nothing the user can mend.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     try:
-        from taperlit import commands
+        from taperlit.cli import train
 
-        commands.run(command, args[1:])
+        train.run(command, args[1:])
     except TaperlitError as error:
         return _fail(str(error), error.status)
     except KeyboardInterrupt:

@@ -20,15 +20,16 @@ from tokenizers import Tokenizer
 
 from taperlit.callbacks import RngState, RunCheckpoint, StepProgressBar, TokenThroughput
 from taperlit.callbacks.predictions import PredictionWriter
-from taperlit.checkpoint import config_from_hparams, load_checkpoint, load_model, open_checkpoint
-from taperlit.cli import TRAINER_COMMANDS
+from taperlit.checkpoint.folded import config_from_hparams, load_checkpoint, load_model, write_folded
+from taperlit.checkpoint.reader import open_checkpoint
+from taperlit.cli.entry import TRAINER_COMMANDS
 from taperlit.data import TextDataModule
 from taperlit.data.tokenizer import end_of_text_id
+from taperlit.decode.generate import stream_text
 from taperlit.errors import TaperlitError, Terminated
-from taperlit.fold import TOLERANCE, check_gate, fold, largest_difference, write_folded
-from taperlit.generate import stream_text
-from taperlit.module import LanguageModel
-from taperlit.trainer import Trainer
+from taperlit.folding import TOLERANCE, check_gate, fold, largest_difference
+from taperlit.training.module import LanguageModel
+from taperlit.training.trainer import Trainer
 
 # The callbacks that overlays swap by name. A list, as in trainer.callbacks, could only be replaced whole.
 SLOTS = {

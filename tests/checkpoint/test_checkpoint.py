@@ -16,12 +16,12 @@ from torch.distributed.checkpoint import save
 
 from taperlit import AlignmentFreeze, GateSchedule, LanguageModel
 from taperlit.callbacks import RunCheckpoint
-from taperlit.checkpoint import load_checkpoint, load_folded, load_model, load_whole, open_checkpoint, read_checkpoint
+from taperlit.checkpoint.atomic import remove, write_directory
+from taperlit.checkpoint.folded import load_checkpoint, load_folded, load_model, write_folded
+from taperlit.checkpoint.reader import load_whole, open_checkpoint, read_checkpoint
+from taperlit.checkpoint.sharded import DIGEST, _MetadataUnpickler, digest, read_metadata
 from taperlit.errors import TaperlitError
-from taperlit.files import remove, write_directory
-from taperlit.fold import write_folded
-from taperlit.sharded import DIGEST, _MetadataUnpickler, digest, read_metadata
-from taperlit.trainer import Trainer
+from taperlit.training.trainer import Trainer
 
 
 def test_folded_model_round_trips(tiny, tmp_path):
@@ -265,7 +265,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("taperlit.trainer.torch.save", full)
+    monkeypatch.setattr("taperlit.training.trainer.torch.save", full)
     with pytest.raises(TaperlitError, match=r"last\.ckpt cannot be written: No space left on device"):
         trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert os.listdir(tmp_path) == ["last.ckpt"]

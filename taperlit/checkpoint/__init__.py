@@ -1,0 +1,1 @@
+"""Checkpoints and folded models: written aside and committed, read without executing code."""

@@ -1,0 +1,1 @@
+"""The LightningModule, the Trainer, and every private part of Lightning that we touch."""
