@@ -5,14 +5,17 @@ With ``h`` a token's vector, ``r(h)`` the norm's denominator, ``c`` the alignmen
     RMSNorm kind    y = g * h / r(h) * gamma + (1 - g) * c * h * gamma~
     LayerNorm kind  y = g * ((h - mean) / s(h) * gamma + beta) + (1 - g) * (c * (h - mean) * gamma~ + beta~)
 
-``gamma`` and ``beta`` are ``weight`` and ``bias``, as in torch; ``gamma~`` and ``beta~`` are ``taper_weight`` and
-``taper_bias``. Nothing here knows of Lightning.
+``beta`` is the norm's own ``bias``; ``gamma`` its own ``weight`` or, as in Gemma, ``1 + weight``; ``gamma~`` and
+``beta~`` are ``taper_weight`` and ``taper_bias``, read the same way.
 """
 
+import ctypes
 import enum
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +26,14 @@ from taperlit.errors import TaperlitError
 class Phase(enum.Enum):
     """What a TaperNorm computes. It follows from the gate alone, and is a Python value so that forward never syncs."""
 
-    NORMALIZE = "normalize"  # g = 1: the torch norm, bit for bit
+    NORMALIZE = "normalize"  # g = 1: the norm's own forward, bit for bit
     BLEND = "blend"  # 0 < g < 1
     LINEAR = "linear"  # g = 0: an affine map with no per-token statistic
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without the marks of the wrappers around it (FSDP1)."""
-    return name.replace("_fsdp_wrapped_module.", "")
+    """A parameter's or module's name without the marks of the wrappers around it (FSDP1, ``torch.compile``)."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 class Float32State(nn.Module):
@@ -38,27 +41,69 @@ class Float32State(nn.Module):
 
     float32_state: tuple[str, ...] = ()
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32State":
         before = {name: getattr(self, name) for name in self.float32_state}
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = self._buffers[name] if name in self._buffers else fn(old)
+            new = getattr(self, name) if name in self._buffers else fn(old)
             setattr(self, name, new if new.dtype == old.dtype else old.to(new.device))
         return self
+
+
+@dataclass
+class GatePlan:
+    """What the parts of a run that move a gate have announced to each other; plain Python, saved nowhere.
+
+    Args:
+        warmup: the last optimizer step at ``g = 1``, once a schedule has said so.
+        alignment: somebody will freeze the alignment scalars when the warm-up ends.
+    """
+
+    warmup: int | None = None
+    alignment: bool = False
 
 
 class Gate(Float32State):
     """The global gate ``g`` in [0, 1], shared by every TaperNorm of a model.
 
-    ``value`` is a 0-d float32 buffer, so a moving gate neither syncs nor recompiles; ``phase`` is derived from it.
+    ``value`` is a 0-d float32 buffer, so a moving gate neither syncs nor recompiles; ``phase`` follows it.
     """
 
     float32_state = ("value",)
+    value: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.register_buffer("value", torch.ones((), dtype=torch.float32))
-        self.phase = Phase.NORMALIZE
+        self.register_buffer("value", torch.ones((), dtype=torch.float32, device=device))
+        self.plan = GatePlan()
+        self._phase = Phase.NORMALIZE
+        self._seen: tuple[int, int] | None = None  # the tensor and its version that _phase was read from
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the value as it is now, whoever wrote it: ``set``, a state dict, weight averaging.
+
+        On a GPU, where reading the value would wait for the device, it is read when torch has counted a write to it.
+        Writes through ``.data`` are not counted; call :meth:`refresh` after them. Compiled code reads the last phase
+        and is compiled again when that changes.
+        """
+        if not torch.compiler.is_compiling() and type(self.value) is Tensor:
+            if self.value.device.type == "cpu":
+                # Straight from memory: item() would be an operation, which tracers and other modes see.
+                self._phase = self._phase_of(ctypes.c_float.from_address(self.value.data_ptr()).value)
+            elif self._seen is None or self._seen != self._stamp():
+                self.refresh()
+        return self._phase
+
+    def _stamp(self) -> tuple[int, int] | None:
+        # Inference tensors count no writes.
+        return None if self.value.is_inference() else (id(self.value), self.value._version)
+
+    def refresh(self) -> None:
+        """Read the value and let the phase follow; waits for the device."""
+        if not self.value.is_meta:
+            self._phase = self._phase_of(self.value.item())
+            self._seen = self._stamp()
 
     def reset_parameters(self) -> None:
         """Open the gate: ``g = 1``."""
@@ -74,16 +119,12 @@ class Gate(Float32State):
         if not 0.0 <= g <= 1.0:
             raise TaperlitError(f"The gate must be between 0 and 1, not {g}.")
         self.value.fill_(g)
-        self.phase = self._phase_of(torch.tensor(g, dtype=torch.float32).item())
+        self._phase = self._phase_of(torch.tensor(g, dtype=torch.float32).item())
+        self._seen = self._stamp()
 
     @staticmethod
     def _phase_of(g: float) -> Phase:
         return Phase.NORMALIZE if g == 1.0 else Phase.LINEAR if g == 0.0 else Phase.BLEND
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.value.is_meta:
-            self.phase = self._phase_of(self.value.item())
 
     def extra_repr(self) -> str:
         """The phase."""
@@ -91,90 +132,156 @@ class Gate(Float32State):
 
 
 class _HoldIdle(torch.autograd.Function):
-    """Identity on ``y`` that hands every idle parameter a zero gradient, so that DDP never waits for one."""
+    """Identity on ``y`` that hands every idle parameter a zero gradient.
+
+    DDP waits for the gradient of every parameter and FSDP reduces one fixed set, while the phases use different ones;
+    without it each change of phase would need ``find_unused_parameters``. ``GateSchedule`` takes the zeros away again
+    before the optimizer steps, so that an idle parameter neither decays nor gathers moments.
+    """
 
     @staticmethod
-    def forward(ctx, y: Tensor, *idle: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, *idle: Tensor) -> Tensor:
         ctx.save_for_backward(*idle)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return (*grads, *(torch.zeros_like(p) for p in ctx.saved_tensors))
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """What a norm computes: ``y = (h P) / sqrt(mean((h P)^2) + eps) * (gain_offset + weight) + bias``.
+
+    Args:
+        shape: the trailing shape that is normalized together.
+        centred: ``P`` subtracts the mean (the LayerNorm kind); else it is the identity.
+        gain_offset: 1 where the gain is ``1 + weight``, else 0.
+        eps: None is the input dtype's epsilon, as in :class:`torch.nn.RMSNorm`.
+    """
+
+    shape: tuple[int, ...]
+    centred: bool
+    gain_offset: float
+    eps: float | None
+
+
+def call_me(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing but be there.
+
+    ``nn.TransformerEncoderLayer`` has a fused path that reads its norms' parameters and never calls the norms; it takes
+    the other path when a module of its own has a hook.
+    """
 
 
 class TaperNorm(Float32State):
-    """The part that both kinds share; use :class:`TaperRMSNorm` or :class:`TaperLayerNorm`.
+    """The part that every tapered norm shares: a mix-in before the norm's own class.
+
+    Use :class:`TaperRMSNorm` or :class:`TaperLayerNorm` in a model of yours, or :func:`taperlit.taper`, which turns the
+    norms of any model into TaperNorms: the instances stay and change their class to a subclass of both this and their
+    own, so that ``g = 1`` is their own forward, bit for bit.
 
     A norm that is given a ``gate`` borrows it and leaves it out of its state dict; one that is given none owns its
     own. In a model the first norm owns the gate that all share, see :func:`share_gate`. Alignment statistics are
-    gathered in training while ``g = 1``: :func:`update_alignment` once an optimizer step, :meth:`freeze` at the
-    boundary.
+    gathered in training while ``g = 1``: call :func:`update_alignment` once per optimizer step, and :meth:`freeze` at
+    the boundary.
 
-    ``pending`` holds the sums of the micro-batches since the last update. It is a plain tensor, not a buffer: DDP
-    copies rank 0's buffers over the other ranks' before every forward, which would lose their statistics.
+    Attributes:
+        alignment: ``c``, 0-d float32; 1 until it is frozen.
+        alignment_ema: (3,) float32 moving averages of ``||h D||^2 / r``, ``||h D||^2`` and 1; the third corrects the
+            bias of the first two.
+        frozen: 0-d bool: :meth:`freeze` has run.
+        pending: (3,) float32 sums over the micro-batches since the last update. A plain tensor, not a buffer: DDP
+            copies rank 0's buffers over the other ranks' before every forward, which would lose their statistics.
     """
 
     float32_state = ("alignment", "alignment_ema", "pending")
-    centred: bool
+    taper_weight: nn.Parameter | None
+    taper_bias: nn.Parameter | None
+    alignment: Tensor
+    alignment_ema: Tensor
+    frozen: Tensor
+    pending: Tensor
 
-    def _init_taper(self, gate: Gate | None, ema_rate: float) -> None:
-        if not 0.0 < ema_rate <= 1.0:
-            raise TaperlitError(f"ema_rate must be in (0, 1], not {ema_rate}.")
-        self.ema_rate = ema_rate
-        device = None if self.weight is None else self.weight.device
+    def _init_taper(self, kind: NormKind, gate: Gate | None, device: torch.device | None = None) -> None:
+        weight, bias = self.own("weight"), self.own("bias")
+        device = device if weight is None else weight.device
+        self.kind = kind
         # A norm without affine parameters has nothing to copy at the boundary: its linear map is c alone.
-        for name, source in (("taper_weight", self.weight), ("taper_bias", getattr(self, "bias", None))):
-            self.register_parameter(name, None if source is None else nn.Parameter(source.detach().clone()))
-        self.register_buffer("alignment", torch.ones((), dtype=torch.float32, device=device))  # c
-        self.register_buffer("alignment_ema", torch.zeros(2, dtype=torch.float32, device=device))
-        self.register_buffer("alignment_updates", torch.zeros((), dtype=torch.int64, device=device))
-        self.pending = torch.zeros(3, dtype=torch.float32, device=device)  # numerator, denominator, micro-batches
+        for name, source in (("taper_weight", weight), ("taper_bias", bias)):
+            twin = None if source is None else nn.Parameter(source.detach().clone(), source.requires_grad)
+            self.register_parameter(name, twin)
+        self.register_buffer("alignment", torch.ones((), dtype=torch.float32, device=device))
+        self.register_buffer("alignment_ema", torch.zeros(3, dtype=torch.float32, device=device))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=device))
+        self.pending = torch.zeros(3, dtype=torch.float32, device=device)
         # A child of owner and borrowers alike, so that torch.compile makes one graph for both.
-        self.gate = Gate() if gate is None else gate
+        self.gate = Gate(device) if gate is None else gate
         self.owns_gate = gate is None
+        if isinstance(self, nn.LayerNorm):
+            self.register_forward_pre_hook(call_me)
+
+    def own(self, name: str) -> nn.Parameter | None:
+        """The norm's own ``weight`` or ``bias``; not every class has both."""
+        return cast("nn.Parameter | None", getattr(self, name, None))
+
+    @property
+    def centred(self) -> bool:
+        """Whether it is of the LayerNorm kind, which subtracts the mean in every phase."""
+        return self.kind.centred
+
+    @property
+    def gain_offset(self) -> float:
+        """What is added to ``weight`` and ``taper_weight`` to make a gain: 0, or 1 as in Gemma."""
+        return self.kind.gain_offset
 
     def borrow(self, gate: Gate) -> None:
         """Use another norm's gate."""
         self.gate, self.owns_gate = gate, False
 
-    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, Tensor]:
-        """As torch's; a borrowed gate is left to its owner."""
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Torch's state dict, where a borrowed gate is left to its owner."""
+        state: dict[str, Any] = super().state_dict(*args, prefix=prefix, **kwargs)
         if not self.owns_gate:
             del state[f"{prefix}gate.value"]
         return state
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set both branches to ones and zeros, forget the statistics and open the gate."""
-        super().reset_parameters()
+        """Reset the norm, make the linear branch equal to it, forget the statistics and open the gate."""
+        if (reset := getattr(super(), "reset_parameters", None)) is not None:
+            reset()
         if "alignment" not in self._buffers:
             return  # called by torch's constructor, before the taper exists
-        if self.taper_weight is not None:
-            self.taper_weight.fill_(1.0)
-        if self.taper_bias is not None:
-            self.taper_bias.zero_()
+        self._copy_affine()
         self.alignment.fill_(1.0)
-        for statistic in (self.alignment_ema, self.alignment_updates, self.pending):
+        for statistic in (self.alignment_ema, self.frozen, self.pending):
             statistic.zero_()
         self.gate.reset_parameters()
 
+    def _copy_affine(self) -> None:
+        for name in ("weight", "bias"):
+            source, twin = self.own(name), getattr(self, f"taper_{name}")
+            if source is not None and twin is not None:
+                twin.copy_(source)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., *normalized_shape) to the same shape and dtype."""
+        """Map ``x`` (..., *shape) to the same shape: by the norm itself, by a blend, or by the linear map."""
         phase = self.gate.phase
-        if phase is Phase.NORMALIZE:
-            if self.training and torch.is_grad_enabled():
-                self._record(x)
-            y = super().forward(x)
-        elif phase is Phase.BLEND:
-            y = self._blend(x)
-        else:
+        if phase is Phase.LINEAR:
             y = self._linear(x)
+        else:
+            normed: Tensor = super().forward(x)
+            if phase is Phase.BLEND:
+                y = self._blend(x, normed)
+            else:
+                y = normed
+                if self.training and torch.is_grad_enabled():
+                    self._record(x)
         if self.training and torch.is_grad_enabled():
             idle = [p for p in self.idle_parameters() if p.requires_grad]
             if idle:
-                y = _HoldIdle.apply(y, *idle)
+                y = cast(Tensor, _HoldIdle.apply(y, *idle))
         return y
 
     def idle_parameters(self) -> Iterator[nn.Parameter]:
@@ -183,40 +290,42 @@ class TaperNorm(Float32State):
         Their gradient is zero, not None, so that DDP and FSDP see one fixed set. Set it to None before the optimizer
         steps (``GateSchedule`` does) and they get no decay and no moments either.
         """
-        if self.gate.phase is Phase.NORMALIZE:
+        phase = self.gate.phase
+        names: tuple[str, ...] = ()
+        if phase is Phase.NORMALIZE:
             names = ("taper_weight", "taper_bias")
-        elif self.gate.phase is Phase.LINEAR:
+        elif phase is Phase.LINEAR:
             names = ("weight", "bias")
-        else:
-            names = ()
         for name in names:
-            if (parameter := getattr(self, name, None)) is not None:
+            if (parameter := self.own(name)) is not None:
                 yield parameter
 
     @property
     def _dims(self) -> tuple[int, ...]:
-        return tuple(range(-len(self.normalized_shape), 0))
+        return tuple(range(-len(self.kind.shape), 0))
 
     def _denominator(self, x: Tensor) -> Tensor:
         """``r(h)``, or ``s(h)`` of the already centred ``h``: (..., 1) in the dtype of ``x``."""
-        eps = self.eps if self.eps is not None else torch.finfo(x.dtype).eps
+        eps = self.kind.eps if self.kind.eps is not None else torch.finfo(x.dtype).eps
         return (x.square().mean(self._dims, keepdim=True) + eps).sqrt()
 
     def _centre(self, x: Tensor) -> Tensor:
-        return x - x.mean(self._dims, keepdim=True) if self.centred else x
+        return x - x.mean(self._dims, keepdim=True) if self.kind.centred else x
 
-    def _blend(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)  # statistics in at least float32, whatever autocast says
-        h = self._centre(x.to(dtype))
-        normed, scaled = h / self._denominator(h), h * self.alignment
-        if self.weight is not None:
-            normed, scaled = normed * self.weight, scaled * self.taper_weight
-        if getattr(self, "bias", None) is not None:
-            normed, scaled = normed + self.bias, scaled + self.taper_bias
-        return torch.lerp(scaled, normed, self.gate.value.to(dtype)).to(x.dtype)
+    def _gain(self, weight: nn.Parameter) -> Tensor:
+        return weight + self.kind.gain_offset if self.kind.gain_offset else weight
+
+    def _blend(self, x: Tensor, normed: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)  # at least float32, whatever autocast says
+        scaled = self._centre(x.to(dtype)) * self.alignment
+        if self.taper_weight is not None:
+            scaled = scaled * self._gain(self.taper_weight)
+        if self.taper_bias is not None:
+            scaled = scaled + self.taper_bias
+        return torch.lerp(scaled.to(dtype), normed.to(dtype), self.gate.value.to(dtype)).to(x.dtype)
 
     def _linear(self, x: Tensor) -> Tensor:
-        gain = self.alignment if self.taper_weight is None else self.alignment * self.taper_weight
+        gain = self.alignment if self.taper_weight is None else self.alignment * self._gain(self.taper_weight)
         y = self._centre(x) * gain.to(x.dtype)
         return y if self.taper_bias is None else y + self.taper_bias.to(x.dtype)
 
@@ -226,23 +335,21 @@ class TaperNorm(Float32State):
         if x.numel() == 0:
             return
         h = self._centre(x.detach().float())
-        scaled = h if self.weight is None else h * self.weight.float()
+        scaled = h if (weight := self.own("weight")) is None else h * self._gain(weight).float()
         energy = scaled.square().sum(self._dims, keepdim=True)  # (..., 1)
         mean = energy.mean()
         self.pending.add_(torch.stack(((energy / self._denominator(h)).mean(), mean, torch.ones_like(mean))))
 
     @property
     def alignment_moments(self) -> Tensor:
-        """The two bias-corrected EMAs, ``E[||h D||^2 / r]`` and ``E[||h D||^2]``: (2,) float32."""
-        return self.alignment_ema / (1 - (1 - self.ema_rate) ** self.alignment_updates)
+        """The two bias-corrected moving averages, ``E[||h D||^2 / r]`` and ``E[||h D||^2]``: (2,) float32."""
+        return self.alignment_ema[:2] / self.alignment_ema[2]
 
     @property
     def alignment_estimate(self) -> Tensor:
         """``c``: the frozen one, or before the boundary what it would be by the statistics so far. 0-d float32."""
-        if self.gate.phase is not Phase.NORMALIZE:
-            return self.alignment
-        numerator, denominator = self.alignment_moments
-        return torch.where(self.alignment_updates > 0, numerator / denominator, self.alignment)
+        numerator, denominator, weight = self.alignment_ema
+        return torch.where(self.frozen | (weight == 0), self.alignment, numerator / denominator)
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -251,18 +358,16 @@ class TaperNorm(Float32State):
         Raises:
             TaperlitError: no statistics were gathered, or they are zero or not finite.
         """
-        numerator, denominator = self.alignment_moments.tolist()
+        numerator, denominator, weight = self.alignment_ema.tolist()
         c = numerator / denominator if denominator else math.nan
         if not (math.isfinite(c) and c > 0):
             raise TaperlitError(
                 f"No alignment scalar: the statistics are E[|hD|^2/r] = {numerator:.3g} and E[|hD|^2] = "
-                f"{denominator:.3g} after {int(self.alignment_updates)} steps; train with the gate at 1 first."
+                f"{denominator:.3g}, of total weight {weight:.3g}; train with the gate at 1 first."
             )
         self.alignment.fill_(c)
-        if self.weight is not None:
-            self.taper_weight.copy_(self.weight)
-        if self.taper_bias is not None:
-            self.taper_bias.copy_(self.bias)
+        self._copy_affine()
+        self.frozen.fill_(True)
 
     @torch.no_grad()
     def linear_map(self) -> tuple[Tensor, Tensor | None]:
@@ -270,17 +375,16 @@ class TaperNorm(Float32State):
 
         ``P`` centres in the LayerNorm kind (``centred``) and is the identity in the RMSNorm kind.
         """
-        width = math.prod(self.normalized_shape)
-        gain = self.alignment.double().expand(width)
+        gain = self.alignment.double().expand(math.prod(self.kind.shape))
         if self.taper_weight is not None:
-            gain = gain * self.taper_weight.double().flatten()
+            gain = gain * (self.kind.gain_offset + self.taper_weight.double().flatten())
         return gain, None if self.taper_bias is None else self.taper_bias.double().flatten()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         own = {prefix + key: value for key, value in self.state_dict().items()}
         plain = {prefix + "weight", prefix + "bias"}
         if not any(key in state_dict for key in own.keys() - plain):
-            # A torch norm's state dict: both branches start from its gain and bias, the rest stays as it is.
+            # A plain norm's state dict: both branches start from its gain and bias, the rest stays as it is.
             for key, value in own.items():
                 twin = key.replace(prefix + "taper_", prefix)
                 if twin in state_dict or key not in plain:
@@ -288,6 +392,12 @@ class TaperNorm(Float32State):
         if not self.owns_gate:
             state_dict[f"{prefix}gate.value"] = self.gate.value
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.pending.is_meta:  # the values were assigned to a model that was built without any
+            self.pending = torch.zeros(3, dtype=torch.float32, device=self.alignment.device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class of a tapered foreign norm is made at run time, so no importer finds it by name.
+        return _new_tapered, (_OWN_CLASS.get(type(self), type(self)),), self.__dict__.copy()
 
 
 class TaperRMSNorm(TaperNorm, nn.RMSNorm):
@@ -300,10 +410,7 @@ class TaperRMSNorm(TaperNorm, nn.RMSNorm):
         device: where the parameters live.
         dtype: of the parameters.
         gate: the model's shared gate; None makes one of this layer's own.
-        ema_rate: rate of the two alignment EMAs, per optimizer step.
     """
-
-    centred = False
 
     def __init__(
         self,
@@ -314,10 +421,9 @@ class TaperRMSNorm(TaperNorm, nn.RMSNorm):
         dtype: torch.dtype | None = None,
         *,
         gate: Gate | None = None,
-        ema_rate: float = 0.01,
     ) -> None:
         nn.RMSNorm.__init__(self, normalized_shape, eps, elementwise_affine, device, dtype)
-        self._init_taper(gate, ema_rate)
+        self._init_taper(NormKind(tuple(self.normalized_shape), False, 0.0, self.eps), gate)
 
 
 class TaperLayerNorm(TaperNorm, nn.LayerNorm):
@@ -331,10 +437,7 @@ class TaperLayerNorm(TaperNorm, nn.LayerNorm):
         device: where the parameters live.
         dtype: of the parameters.
         gate: the model's shared gate; None makes one of this layer's own.
-        ema_rate: rate of the two alignment EMAs, per optimizer step.
     """
-
-    centred = True
 
     def __init__(
         self,
@@ -346,63 +449,112 @@ class TaperLayerNorm(TaperNorm, nn.LayerNorm):
         dtype: torch.dtype | None = None,
         *,
         gate: Gate | None = None,
-        ema_rate: float = 0.01,
     ) -> None:
         nn.LayerNorm.__init__(self, normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self._init_taper(gate, ema_rate)
+        self._init_taper(NormKind(tuple(self.normalized_shape), True, 0.0, self.eps), gate)
+
+
+_TAPERED_CLASS: dict[type[nn.Module], type[TaperNorm]] = {nn.RMSNorm: TaperRMSNorm, nn.LayerNorm: TaperLayerNorm}
+_OWN_CLASS: dict[type[nn.Module], type[nn.Module]] = {}  # of the classes that tapered_class made
+
+
+def tapered_class(own: type[nn.Module]) -> type[TaperNorm]:
+    """The subclass of :class:`TaperNorm` and of a norm's own class that the norm changes to when it is tapered."""
+    if own not in _TAPERED_CLASS:
+        made = type(f"Taper{own.__name__}", (TaperNorm, own), {"__doc__": f"A tapered {own.__name__}."})
+        _TAPERED_CLASS[own], _OWN_CLASS[made] = made, own
+    return _TAPERED_CLASS[own]
+
+
+def _new_tapered(own: type[nn.Module]) -> TaperNorm:
+    cls = own if issubclass(own, TaperNorm) else tapered_class(own)
+    return cls.__new__(cls)
+
+
+def become_tapered(norm: nn.Module, kind: NormKind, gate: Gate | None, device: torch.device | None) -> TaperNorm:
+    """Turn a norm into a TaperNorm in place: the instance, its parameters, hooks and names stay, its class changes.
+
+    Args:
+        norm: of any class whose forward computes what ``kind`` says.
+        kind: what it computes.
+        gate: the model's gate; None makes one of this layer's own.
+        device: where the statistics live if the norm has no parameters.
+    """
+    norm.__class__ = tapered_class(type(norm))
+    tapered = cast(TaperNorm, norm)
+    tapered._init_taper(kind, gate, device)
+    return tapered
 
 
 class Affine(nn.Module):
     """The linear phase as a module of its own, for a norm that cannot be folded: no statistic, no root, no gate.
 
     Args:
-        d_model: width.
-        centred: the LayerNorm kind, which centres and has a bias.
+        shape: the trailing shape that it maps.
+        centred: subtract the mean over that shape first (the LayerNorm kind).
+        bias: have one.
+        device: where the parameters live.
+        dtype: of the parameters.
     """
 
-    def __init__(self, d_model: int, centred: bool) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        centred: bool,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.centred = centred
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.bias = nn.Parameter(torch.zeros(d_model)) if centred else None
+        self.weight = nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if bias else None
 
     def reset_parameters(self) -> None:
-        """The identity (but for the centring)."""
+        """Make it the identity (but for the centring)."""
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d_model) to the same shape."""
+        """Map (..., *shape) to the same shape."""
         if self.centred:
-            x = x - x.mean(-1, keepdim=True)
+            x = x - x.mean(tuple(range(-self.weight.dim(), 0)), keepdim=True)
         y = x * self.weight.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
 @torch.no_grad()
-def update_alignment(norms: Iterable[TaperNorm], all_reduce_mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-    """Fold the pending micro-batches of one optimizer step into every norm's EMAs, and clear them.
+def update_alignment(
+    norms: Iterable[TaperNorm],
+    ema_rate: float = 0.01,
+    all_reduce_mean: Callable[[Tensor], Tensor] = lambda x: x,
+) -> None:
+    """Take the pending micro-batches of one optimizer step into every norm's moving averages, and clear them.
+
+    A step whose statistics are not finite, on any rank, is left out.
 
     Args:
         norms: the tapered norms, in the same order on every rank.
-        all_reduce_mean: averages a (n_norm, 2) tensor over the ranks. EMAs are linear, so averaging each step's
-            batch statistics keeps every rank at what one process that saw all batches would have.
+        ema_rate: of the moving averages; about the last ``1 / ema_rate`` steps count.
+        all_reduce_mean: averages a (n_norm, 3) tensor over the ranks. Moving averages are linear, so averaging each
+            step's batch statistics keeps every rank at what one process that saw all batches would have.
     """
     norms = list(norms)
     if not norms:
         return
     pending = torch.stack([norm.pending for norm in norms])  # (n_norm, 3)
-    seen = pending[:, 2] > 0
-    batch = all_reduce_mean(pending[:, :2] / pending[:, 2:].clamp(min=1))
-    for norm, statistics, gathered in zip(norms, batch, seen, strict=True):
-        norm.alignment_ema.lerp_(statistics, gathered * norm.ema_rate)
-        norm.alignment_updates.add_(gathered)
+    ran = (pending[:, 2:] > 0).float()
+    mean = all_reduce_mean(torch.cat((pending[:, :2] / pending[:, 2:].clamp(min=1), ran), 1))
+    batch = mean / mean[:, 2:]  # over the ranks where the norm ran
+    good = batch.isfinite().all(1, keepdim=True)
+    for norm, statistics, counts in zip(norms, batch.where(good, 0.0), good.squeeze(1), strict=True):
+        norm.alignment_ema.lerp_(statistics, counts * ema_rate)
         norm.pending.zero_()
 
 
 def tapered_norms(model: nn.Module) -> dict[str, TaperNorm]:
-    """Every TaperNorm of a model by its name, in registration order."""
+    """Every TaperNorm of a model by its (first) name, in registration order."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, TaperNorm)}
 
 

@@ -1,58 +1,129 @@
-"""Put TaperNorm into any model."""
+"""Put TaperNorm into any model: torch's norms, transformers' own, and whatever computes the same."""
 
+import copy
 import fnmatch
-from collections.abc import Iterable
+import inspect
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from taperlit.errors import TaperlitError
-from taperlit.norm import TaperLayerNorm, TaperNorm, TaperRMSNorm, share_gate, tapered_norms
+from taperlit.norm import NormKind, Phase, TaperNorm, become_tapered, shared_gate, tapered_norms
+
+# Largest difference, relative to the largest output, that is still the rounding of a norm that computes in float32.
+_SAME = 1e-4
+_EPS_NAMES = ("eps", "variance_epsilon", "norm_eps", "layer_norm_eps")
 
 
-def taper(model: nn.Module, names: Iterable[str] = ("*",), ema_rate: float = 0.01) -> list[str]:
-    """Replace a model's ``nn.RMSNorm`` and ``nn.LayerNorm`` by TaperNorms that keep their parameters and share a gate.
+def taper(
+    model: nn.Module,
+    names: Iterable[str] = ("*",),
+    *,
+    optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+) -> list[str]:
+    """Turn a model's norms into TaperNorms that share one gate, in place.
 
-    The first of them owns the gate; :func:`taperlit.norm.shared_gate` finds it.
+    The instances stay and change their class, so parameters, ties, hooks, training mode and every name of them stay
+    too, and the model computes what it did, bit for bit, until the gate moves. What a module computes is found by
+    trying it: torch's and transformers' RMSNorms and LayerNorms are known, with gains ``weight`` or ``1 + weight``, and
+    anybody's that computes the same. The first norm owns the gate; :func:`taperlit.norm.shared_gate` finds it.
+
+    Example::
+
+        taper(model, ["model.layers.*.input_layernorm", "model.layers.*.post_attention_layernorm"])
 
     Args:
         model: changed in place.
-        names: glob patterns over module names; a norm that matches one is replaced.
-        ema_rate: rate of the alignment EMAs, per optimizer step.
+        names: glob patterns over module names; a norm with a name that matches one is tapered. One that is tapered
+            already is left as it is.
+        optimizers: that exist already; the new gains and biases join the groups that hold the norms' own.
 
     Returns:
-        The names of the replaced norms.
+        The names of the norms that are newly tapered; of a norm with several names the first.
 
     Raises:
-        TaperlitError: no norm matches.
+        TaperlitError: no norm matches, the gate of norms tapered before is not 1, or an optimizer that exists holds a
+            norm's parameter no more.
+
+    Warns:
+        UserWarning: modules called norms that match, but compute something else, are left alone; they are named.
     """
-    patterns = list(names)
-    kinds = {nn.RMSNorm: TaperRMSNorm, nn.LayerNorm: TaperLayerNorm}
-    plain = {name: module for name, module in model.named_modules() if type(module) in kinds}
-    chosen = [name for name in plain if name and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise TaperlitError(f"No norm to taper matches {patterns}; the model's norms are {list(plain) or 'none'}.")
-    for name in chosen:
-        old = plain[name]
-        new = kinds[type(old)](
-            old.normalized_shape,
-            eps=old.eps,
-            elementwise_affine=old.elementwise_affine,
-            device=None if old.weight is None else old.weight.device,
-            dtype=None if old.weight is None else old.weight.dtype,
-            ema_rate=ema_rate,
-            **({"bias": old.bias is not None} if isinstance(old, nn.LayerNorm) else {}),
+    patterns = [names] if isinstance(names, str) else list(names)
+    if isinstance(optimizers, torch.optim.Optimizer):
+        optimizers = [optimizers]
+    matching: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            matching.setdefault(module, name)
+    tapered = [module for module in matching if isinstance(module, TaperNorm)]
+    kinds, unknown = {}, {}
+    for module, name in matching.items():
+        if isinstance(module, TaperNorm) or not _is_called_norm(module):
+            continue
+        try:
+            kinds[module] = recognise(module)
+        except _NotANorm as reason:
+            unknown[name] = f"{name} ({type(module).__name__}: {reason})"
+    left = f"not tapered: {', '.join(unknown.values())}" if unknown else ""
+    if not kinds and not tapered:
+        known = [name for name, module in model.named_modules() if _is_called_norm(module)]
+        raise TaperlitError(
+            f"No norm to taper matches {patterns}; {left or f'the norms of the model are {known or None}'}."
         )
-        new.load_state_dict(old.state_dict())
-        new.weight = old.weight  # the very parameters, so that ties and optimizers keep them
-        if isinstance(old, nn.LayerNorm):
-            new.bias = old.bias
-        model.set_submodule(name, new.train(old.training))
-    share_gate(model)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # Its fused inference path reads the norms' parameters and never calls the norms; this flag turns it off.
-            module.activation_relu_or_gelu = 0
-    return chosen
+    gate = shared_gate(model)
+    if kinds and gate is not None and gate.phase is not Phase.NORMALIZE:
+        raise TaperlitError(
+            f"The gate of the norms that are tapered already is {gate.value.item():.6g}; {next(iter(kinds.values()))} "
+            "would jump there. Taper all norms while the gate is 1."
+        )
+    if unknown:
+        warnings.warn(f"taper: {left}.", stacklevel=2)
+    device = next((p.device for p in model.parameters()), None)
+    for module, kind in kinds.items():
+        new = become_tapered(module, kind, gate, device)
+        gate = new.gate
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, TaperNorm) for m in encoder.modules()):
+            # It would hand its layers a nested tensor, which only their fused path takes; a TaperNorm turns that off.
+            encoder.use_nested_tensor = False
+    _join(optimizers, [cast(TaperNorm, module) for module in kinds])
+    return [matching[module] for module in kinds]
+
+
+def _twins(norms: Iterable[TaperNorm]) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Each trainable parameter of the linear branch after the norm's own that it began as."""
+    for norm in norms:
+        for own, twin in ((norm.own("weight"), norm.taper_weight), (norm.own("bias"), norm.taper_bias)):
+            if own is not None and twin is not None and twin.requires_grad:
+                yield own, twin
+
+
+def _join(optimizers: Iterable[torch.optim.Optimizer], norms: list[TaperNorm]) -> None:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for own, twin in _twins(norms):
+        for group in groups:
+            if any(parameter is own for parameter in group["params"]):
+                group["params"].append(twin)
+
+
+def missing_gains(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
+    """Trainable parameters of linear branches that no optimizer holds, though one holds the norm's own.
+
+    Args:
+        model: tapered.
+        optimizers: all that train it.
+
+    Returns:
+        The parameters' names; empty when nothing is missing.
+    """
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = {twin for own, twin in _twins(tapered_norms(model).values()) if own in held and twin not in held}
+    return [name for name, parameter in model.named_parameters() if parameter in missing]
 
 
 def require_tapered(model: nn.Module, who: str) -> dict[str, TaperNorm]:
@@ -65,3 +136,94 @@ def require_tapered(model: nn.Module, who: str) -> dict[str, TaperNorm]:
     if not norms:
         raise TaperlitError(f"{who} found no TaperNorm in {type(model).__name__}; call taperlit.taper(model) first.")
     return norms
+
+
+class _NotANorm(Exception):
+    """Why a module is none of the kinds that a TaperNorm can be."""
+
+
+def _is_called_norm(module: nn.Module) -> bool:
+    names = (cls.__name__.lower() for cls in type(module).__mro__)
+    return not list(module.children()) and any("norm" in name.removeprefix("_") for name in names)
+
+
+@torch.no_grad()
+def recognise(module: nn.Module) -> NormKind:
+    """Find what a norm computes by running a copy of it, with random gains, on random inputs.
+
+    Args:
+        module: one with no required argument but its input; it is not changed. On the meta device too.
+
+    Raises:
+        _NotANorm: it computes nothing that a TaperNorm can; the message says why.
+    """
+    if isinstance(module, _NormBase | nn.GroupNorm | nn.LocalResponseNorm | nn.CrossMapLRN2d):
+        raise _NotANorm("its statistics are not one token's")
+    if "forward" in module.__dict__:
+        raise _NotANorm("its forward was replaced on the instance")
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    shape = getattr(module, "normalized_shape", None)
+    shape = tuple(shape) if shape is not None else None if weight is None else tuple(weight.shape)
+    if shape is None:
+        raise _NotANorm("it has neither gains nor a normalized_shape")
+    if type(module) in (nn.RMSNorm, nn.LayerNorm):
+        plain = cast("nn.RMSNorm | nn.LayerNorm", module)
+        return NormKind(shape, isinstance(plain, nn.LayerNorm), 0.0, plain.eps)
+    extra = {name for name, _ in module.named_parameters()} - {"weight", "bias"}
+    if extra:
+        raise _NotANorm(f"it has a parameter {min(extra)!r} too")
+    arguments = list(inspect.signature(module.forward).parameters.values())
+    if len(arguments) != 1 or arguments[0].kind is inspect.Parameter.VAR_KEYWORD:
+        raise _NotANorm("its forward takes more than one tensor")
+    return _match(_random_copy(module), shape, weight is not None, bias is not None)
+
+
+def _random_copy(module: nn.Module) -> nn.Module:
+    probe = copy.copy(module)  # the hooks of the original must not see the probing
+    for hooks in [name for name in vars(module) if name.endswith("_hooks")]:
+        setattr(probe, hooks, type(getattr(module, hooks))())
+    generator = torch.Generator().manual_seed(0)
+    probe._parameters = {
+        name: None
+        if p is None
+        else nn.Parameter(torch.rand(p.shape, generator=generator, dtype=torch.float64) + 0.5, requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    probe._buffers = {
+        name: None if b is None else torch.zeros_like(b, device="cpu") if b.is_meta else b.detach().cpu()
+        for name, b in module._buffers.items()
+    }
+    return probe.eval()
+
+
+def _match(probe: nn.Module, shape: tuple[int, ...], has_weight: bool, has_bias: bool) -> NormKind:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, *shape, generator=generator, dtype=torch.float64) + 0.7
+    declared = [getattr(probe, name) for name in _EPS_NAMES if isinstance(getattr(probe, name, None), float)]
+    inputs = (x, x * 1e-3)  # the second's mean square is of the size of an epsilon
+    try:
+        outputs = [probe(value) for value in inputs]
+    except Exception as error:  # whatever a stranger's forward raises
+        raise _NotANorm(f"it cannot be tried: {' '.join(str(error).split())[:80]}") from error
+    if any(not isinstance(y, Tensor) or y.shape != x.shape for y in outputs):
+        raise _NotANorm("its output is not one tensor of its input's shape")
+    weight = cast(Tensor, probe.weight) if has_weight else torch.ones(shape, dtype=torch.float64)
+    bias = cast(Tensor, probe.bias) if has_bias else torch.zeros(shape, dtype=torch.float64)
+    dims = tuple(range(-len(shape), 0))
+    for centred, offset in itertools.product((False, True), (0.0, 1.0) if has_weight else (0.0,)):
+
+        def scaled(value: Tensor, centred: bool = centred, offset: float = offset) -> tuple[Tensor, Tensor]:
+            h = value - value.mean(dims, keepdim=True) if centred else value
+            return h * (offset + weight), h.square().mean(dims, keepdim=True)
+
+        for eps in declared or [_infer_eps(*scaled(inputs[1]), outputs[1] - bias)]:
+            expected = [h / (square + eps).sqrt() + bias for h, square in map(scaled, inputs)]
+            if all((y - e).abs().max() <= _SAME * e.abs().max() for y, e in zip(outputs, expected, strict=True)):
+                return NormKind(shape, centred, offset, eps)
+    raise _NotANorm("it computes neither an RMSNorm nor a LayerNorm")
+
+
+def _infer_eps(scaled: Tensor, square: Tensor, output: Tensor) -> float:
+    """The epsilon that the output speaks of, to the digits that float32 leaves."""
+    eps = ((scaled / output).square() - square).median().item()
+    return float(f"{eps:.3g}") if eps > 0 else 0.0

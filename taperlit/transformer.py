@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, S cache length, H query heads, K key/value heads,
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, TypedDict, get_type_hints
 
 import torch
@@ -14,9 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from taperlit.errors import TaperlitError
 from taperlit.loss import chunked_cross_entropy
-from taperlit.norm import Affine, Float32State, TaperLayerNorm, TaperRMSNorm, share_gate, tapered_norms
-
-Taper = Literal["none", "internal", "all"]
+from taperlit.norm import Float32State
 
 
 @dataclass
@@ -38,10 +36,6 @@ class TransformerConfig:
         mlp: SwiGLU or GELU (tanh approximation, as in GPT-2).
         bias: biases in the linear maps of the blocks.
         tied: the head shares the embedding's matrix.
-        taper: which norms are TaperNorms: none, the blocks' (Internal-Taper) or also the final one (All-Taper).
-        ema_rate: rate of the alignment EMAs, per optimizer step; about the last ``1 / ema_rate`` warm-up steps count.
-        folded: the tapered norms are folded away: no such module is built. Set by ``fold``, not by hand.
-        final_scale: folded with an explicit affine map in place of the final norm (tied heads). Set by ``fold``.
     """
 
     vocab_size: int = 50257
@@ -58,10 +52,6 @@ class TransformerConfig:
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     bias: bool = False
     tied: bool = False
-    taper: Taper = "none"
-    ema_rate: float = 0.01
-    folded: bool = False
-    final_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.n_kv_head is None:
@@ -83,11 +73,6 @@ class TransformerConfig:
         """Width of one head."""
         return self.d_model // self.n_head
 
-    @property
-    def input_bias(self) -> bool:
-        """Whether q, k, v and the MLP's inputs have biases: folding a LayerNorm gives them one."""
-        return self.bias or (self.folded and self.taper != "none" and self.norm == "layernorm")
-
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "TransformerConfig":
         """The named entry of ``PRESETS`` with some fields changed.
@@ -103,15 +88,7 @@ class TransformerConfig:
         return cls(**{**PRESETS[name], **overrides})
 
 
-TransformerOverrides = TypedDict(
-    "TransformerOverrides",
-    {
-        name: hint
-        for name, hint in get_type_hints(TransformerConfig).items()
-        if name not in ("taper", "folded", "final_scale")
-    },
-    total=False,
-)
+TransformerOverrides = TypedDict("TransformerOverrides", get_type_hints(TransformerConfig), total=False)  # type: ignore[misc]
 """The fields of ``TransformerConfig`` that a run may change in its preset."""
 
 _GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tied=True)
@@ -232,9 +209,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head, self.d_head = layer, config.n_head, config.n_kv_head, config.d_head
         d_kv = config.n_kv_head * config.d_head
-        self.q_proj = Linear(config.d_model, config.d_model, config.input_bias)
-        self.k_proj = Linear(config.d_model, d_kv, config.input_bias)
-        self.v_proj = Linear(config.d_model, d_kv, config.input_bias)
+        self.q_proj = Linear(config.d_model, config.d_model, config.bias)
+        self.k_proj = Linear(config.d_model, d_kv, config.bias)
+        self.v_proj = Linear(config.d_model, d_kv, config.bias)
         self.o_proj = Linear(config.d_model, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(
@@ -260,8 +237,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.d_model, config.d_ff, config.input_bias) if config.mlp == "swiglu" else None
-        self.up_proj = Linear(config.d_model, config.d_ff, config.input_bias)
+        self.gate_proj = Linear(config.d_model, config.d_ff, config.bias) if config.mlp == "swiglu" else None
+        self.up_proj = Linear(config.d_model, config.d_ff, config.bias)
         self.down_proj = Linear(config.d_ff, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,9 +253,9 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = build_norm(config, config.taper != "none")
+        self.attn_norm = build_norm(config)
         self.attn = Attention(config, layer)
-        self.mlp_norm = build_norm(config, config.taper != "none")
+        self.mlp_norm = build_norm(config)
         self.mlp = MLP(config)
 
     def forward(
@@ -289,17 +266,10 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def build_norm(config: TransformerConfig, tapered: bool) -> nn.Module:
-    """One norm of the config's kind; the identity where it is tapered and folded."""
-    if tapered and config.folded:
-        return nn.Identity()
-    if config.norm == "rmsnorm":
-        plain, taper = nn.RMSNorm, TaperRMSNorm
-    else:
-        plain, taper = nn.LayerNorm, TaperLayerNorm
-    if tapered:
-        return taper(config.d_model, eps=config.norm_eps, ema_rate=config.ema_rate)
-    return plain(config.d_model, eps=config.norm_eps)
+def build_norm(config: TransformerConfig) -> nn.Module:
+    """One norm of the config's kind."""
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)
 
 
 class Transformer(nn.Module):
@@ -318,17 +288,10 @@ class Transformer(nn.Module):
         self.pos_embed = Embedding(config.block_size, config.d_model) if config.position == "learned" else None
         self.rope = Rope(config) if config.position == "rope" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        if config.final_scale:
-            self.final_norm = Affine(config.d_model, config.norm == "layernorm")
-        else:
-            self.final_norm = build_norm(config, config.taper == "all")
-        # Folding a final LayerNorm leaves the head a bias.
-        final_folded = config.folded and config.taper == "all" and not config.final_scale
-        self.head = Linear(config.d_model, config.vocab_size, bias=final_folded and config.norm == "layernorm")
+        self.final_norm = build_norm(config)
+        self.head = Linear(config.d_model, config.vocab_size)
         if config.tied:
             self.head.weight = self.tok_embed.weight
-        if tapered_norms(self):
-            share_gate(self)
 
     def _apply(self, fn, recurse=True):
         tied = self.head.weight is self.tok_embed.weight
@@ -387,11 +350,3 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, shared ones once, the taper's second branch not at all: what the model has once folded."""
         return sum(p.numel() for name, p in self.named_parameters() if ".taper_" not in name)
-
-    def config_dict(self) -> dict:
-        """The config as plain data, with what folding changed: what ``Transformer`` needs to build this again."""
-        return asdict(self.config) | {
-            "folded": self.config.taper != "none" and not tapered_norms(self),
-            "final_scale": isinstance(self.final_norm, Affine),
-            "tied": self.head.weight is self.tok_embed.weight,
-        }

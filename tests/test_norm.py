@@ -125,7 +125,7 @@ def test_linear_computes_no_statistic(taper, plain, training):
     norm.gate.set(0.5)
     with CountOps() as count:
         norm(torch.randn(2, 16))
-    assert "sqrt" in count.names  # the counter does see a root where there is one
+    assert {"rsqrt", "native_layer_norm", "_fused_rms_norm"} & {*count.names}  # and the counter does see a statistic
 
 
 @kinds
@@ -165,14 +165,14 @@ def test_alignment_is_the_least_squares_fit(taper, plain):
 
 
 def test_moments_are_bias_corrected_averages_over_steps_not_micro_batches():
-    norm = TaperRMSNorm(8, eps=0.0, ema_rate=0.1)
+    norm = TaperRMSNorm(8, eps=0.0)
     torch.manual_seed(0)
     numerator = denominator = weight = 0.0
     for step in range(7):
         parts = [torch.randn(5, 8) * (step + 1) for _ in range(3)]
         for part in parts:
             norm(part)
-        update_alignment([norm])
+        update_alignment([norm], ema_rate=0.1)
         x = torch.cat(parts).double()
         energy = x.square().sum(-1)
         r = x.square().mean(-1).sqrt()
@@ -180,9 +180,13 @@ def test_moments_are_bias_corrected_averages_over_steps_not_micro_batches():
         denominator = 0.9 * denominator + 0.1 * energy.mean().item()
         weight = 0.9 * weight + 0.1
         assert norm.alignment_moments.tolist() == pytest.approx([numerator / weight, denominator / weight], rel=1e-5)
-    assert norm.alignment_updates.item() == 7
-    update_alignment([norm])  # nothing pending: nothing moves
-    assert norm.alignment_updates.item() == 7
+    before = norm.alignment_ema.clone()
+    update_alignment([norm], ema_rate=0.1)  # nothing pending: nothing moves
+    assert torch.equal(norm.alignment_ema, before)
+    norm.pending.copy_(torch.tensor([float("nan"), 1.0, 1.0]))  # nor does a batch that is not finite move anything
+    update_alignment([norm], ema_rate=0.1)
+    assert torch.equal(norm.alignment_ema, before)
+    assert norm.pending.tolist() == [0, 0, 0]
 
 
 def test_statistics_come_from_training_at_gate_one_only():
@@ -299,7 +303,7 @@ def test_no_host_sync_in_forward():
         for taper, _ in KINDS:
             norm = taper(8)
             for phase in Phase:
-                norm.gate.phase = phase
+                norm.gate._phase = phase
                 assert norm(torch.empty(2, 8)).is_meta
 
 
