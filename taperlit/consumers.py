@@ -1,30 +1,143 @@
-"""Find which linear maps each norm feeds."""
+"""Find which linear maps each norm feeds, by labelling the numbers of a forward pass.
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+Each feature of a norm's output gets a label, and so does each element of a parameter. Views share their storage's
+labels and copies copy them; so, at a matrix product, labels tell exactly which elements of which parameter multiply
+which feature of which norm, however either was sliced, transposed, packed or copied on its way. Whatever else reads a
+norm's output is written down by name. So is whatever else reads a parameter: a matrix that other inputs use too cannot
+absorb a norm.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
 
-from taperlit.norm import tapered_norms
+from taperlit.errors import TaperlitError
+from taperlit.float64 import Float64, is_view, storage_of
+from taperlit.norm import plain_name, tapered_norms
+
+_SHIFT = 40  # a label is a source's number, shifted, plus the index within the source; 0 is no label
+_INDEX = (1 << _SHIFT) - 1
+
+# Positions of what is added, and of the two factors.
+_PRODUCTS = {
+    "mm": (None, 0, 1), "addmm": (0, 1, 2), "bmm": (None, 0, 1), "baddbmm": (0, 1, 2), "mv": (None, 0, 1),
+    "addmv": (0, 1, 2), "dot": (None, 0, 1),
+}  # fmt: skip
+# They put the numbers elsewhere and change none; what they fill in is no norm's.
+_MOVES = {
+    "clone", "_to_copy", "_unsafe_view", "cat", "stack", "index", "index_select", "gather", "take", "repeat", "roll",
+    "flip", "constant_pad_nd", "where", "masked_select", "lift_fresh_copy",
+}  # fmt: skip
+# They look at a tensor's shape and dtype, not at its numbers.
+_NO_READ = {
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_empty", "new_full", "new_empty_strided", "is_same_size",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Consumer:
-    """A weight matrix that multiplies a norm's output.
+@dataclass(frozen=True, eq=False)
+class Elements:
+    """Elements of one storage: a view's geometry or, where a copy was used, their indices.
 
     Args:
-        weight: the parameter's name.
-        bias: the name its bias has or would have.
-        transposed: stored as (d_in, d_out), as in GPT-2's Conv1D, and not as ``nn.Linear`` has it.
+        storage: see :func:`taperlit.float64.storage_of`.
+        size: of the view.
+        stride: in elements.
+        offset: in elements.
+        explicit: int64 indices of shape ``size`` instead.
     """
 
-    weight: str
-    bias: str
-    transposed: bool
+    storage: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    explicit: Tensor | None = None
+
+    @staticmethod
+    def of(view: Tensor) -> "Elements":
+        """The elements that a view shows."""
+        return Elements(storage_of(view), tuple(view.size()), tuple(view.stride()), int(view.storage_offset()))
+
+    def index(self) -> Tensor:
+        """Their int64 indices in the storage, of shape ``size``."""
+        if self.explicit is not None:
+            return self.explicit
+        index = torch.tensor(self.offset)
+        for axis, (size, stride) in enumerate(zip(self.size, self.stride, strict=True)):
+            shape = [1] * len(self.size)
+            shape[axis] = size
+            index = index + (torch.arange(size) * stride).view(shape)
+        return index
+
+    def same(self, other: "Elements") -> bool:
+        """Whether they are the same, in the same order."""
+        if (self.storage, self.size) != (other.storage, other.size):
+            return False
+        if self.explicit is None and other.explicit is None:
+            return (self.stride, self.offset) == (other.stride, other.offset)
+        return torch.equal(self.index(), other.index())
+
+
+@dataclass(eq=False)
+class Part:
+    """What one norm contributes to a product.
+
+    Args:
+        norm: its name.
+        where: (batch, K) bool: the positions along the summed axis that hold its features.
+        features: (batch, K) int64: which of them, at those positions.
+    """
+
+    norm: str
+    where: Tensor
+    features: Tensor
+
+    def same(self, other: "Part") -> bool:
+        """Whether both are alike."""
+        return (
+            self.norm == other.norm
+            and torch.equal(self.where, other.where)
+            and torch.equal(self.features * self.where, other.features * other.where)
+        )
+
+
+@dataclass(eq=False)
+class Product:
+    """A product of norms' outputs with a parameter's elements, as it ran.
+
+    Args:
+        module: name of the module whose forward ran it.
+        weight: (batch, K, O) elements.
+        parts: one per norm.
+        bias: (batch, O) elements of the parameter that was added to the result, or None.
+    """
+
+    module: str
+    weight: Elements
+    parts: list[Part]
+    bias: Elements | None = None
+
+    def same_weight(self, other: "Product") -> bool:
+        """Whether it scales the same elements in the same way."""
+        return (
+            len(self.parts) == len(other.parts)
+            and self.weight.same(other.weight)
+            and all(a.same(b) for a, b in zip(self.parts, other.parts, strict=True))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """An operation that read parameters in another way than a norm's linear map does."""
+
+    module: str
+    elements: Elements
 
 
 @dataclass
@@ -32,123 +145,487 @@ class Feeds:
     """What one norm's output goes into.
 
     Args:
-        consumers: the linear maps.
-        others: what cannot absorb the norm: operations that are not linear maps, as torch names them, and matrices
-            that other inputs use too.
-        shared: names of consumer weights that an embedding shares; a copy of its own makes such a one foldable.
+        products: with parameters.
+        others: what cannot absorb the norm, in words.
+        shared: names of matrices that other inputs use too, and whether a copy of its own would make each foldable.
     """
 
-    consumers: list[Consumer]
-    others: list[str]
-    shared: list[str]
+    products: list[Product] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    shared: dict[str, bool] = field(default_factory=dict)
 
 
-_ALIASES = {"view", "_unsafe_view", "reshape", "transpose", "t", "permute", "unsqueeze", "squeeze", "expand"}
-_ALIASES |= {"alias", "detach", "clone", "contiguous", "_to_copy", "slice", "split", "split_with_sizes", "unbind"}
-_PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1)}  # positions of input and matrix
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """The tensors in a model's output: a tensor, tuples, lists, mappings and data classes of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_of(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_of(part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_of(getattr(value, entry.name))
 
 
-class _Watch(TorchDispatchMode):
-    """Follows tensors through aten operations by their storage."""
+class Watch(Float64):
+    """Follows norm outputs and parameters through the operations of one or more runs, see the head of this file.
+
+    Args:
+        model: tapered, in eval mode.
+
+    Attributes:
+        products: in the order they ran.
+        reads: of parameters, other than those products.
+        others: per norm, what else read its output, in words.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.parameters = {p.untyped_storage().data_ptr(): p for p in model.parameters()}
-        self.norm_of: dict[int, str] = {}  # storage -> the norm whose output it is
-        self.copy_of: dict[int, nn.Parameter] = {}  # storage -> the parameter it is a copy of (autocast)
-        self.width: dict[str, int] = {}
-        self.keep: list[Tensor] = []  # a freed storage's address could come back as another tensor's
-        self.products: dict[str, list[tuple[nn.Parameter, bool]]] = {}
-        self.others: dict[str, list[str]] = {}
-        self.other_uses: set[nn.Parameter] = set()
+        self.norms = tapered_norms(model)
+        self.ran: set[str] = set()
+        self.module_names: dict[nn.Module, str] = {module: plain_name(name) for name, module in model.named_modules()}
+        self.parameters: dict[int, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.numel():
+                self.parameters.setdefault(storage_of(parameter), []).append((plain_name(name), parameter))
+        self.products: list[Product] = []
+        self.reads: list[Read] = []
+        self.others: dict[str, list[str]] = {name: [] for name in self.norms}
+        self._sources: list[object] = [None]  # by number: a norm's name, a parameter's storage, or a Product
+        self._numbers = {key: self._new_source(key) for key in self.parameters}
+        self._norm_numbers = {name: self._new_source(name) for name in self.norms}
+        self._labels: dict[int, Tensor] = {}  # storage -> one label per element, of what is no parameter's own storage
+        self._keep: dict[int, object] = {}  # a freed storage's key could come back as another tensor's
+        self._stack: list[nn.Module] = []
 
-    def follow(self, name: str, output: Tensor) -> None:
-        self.keep.append(output)
-        self.width.setdefault(name, output.shape[-1])
-        self.norm_of[output.untyped_storage().data_ptr()] = name
-        self.products.setdefault(name, [])
-        self.others.setdefault(name, [])
+    def has_bias(self, product: Product) -> bool:
+        """Whether one of its norms adds a bias, which the product's result then needs."""
+        return any(self.norms[part.norm].taper_bias is not None for part in product.parts)
 
-    def _source(self, tensor: object) -> str | None:
-        return self.norm_of.get(tensor.untyped_storage().data_ptr()) if isinstance(tensor, Tensor) else None
+    def size_of(self, storage: int) -> int:
+        """Elements in a parameter's storage."""
+        _, parameter = self.parameters[storage][0]
+        return parameter.untyped_storage().nbytes() // parameter.element_size()
 
-    def _parameter(self, tensor: object) -> nn.Parameter | None:
-        if not isinstance(tensor, Tensor):
+    def name_of(self, elements: Elements, module: str) -> str:
+        """The name of the parameter that elements are of: the one that a module holds, if it has several."""
+        names = [name for name, _ in self.parameters[elements.storage]]
+        first = int(elements.index().min())
+        there = [
+            name
+            for name, p in self.parameters[elements.storage]
+            if p.storage_offset() <= first < p.storage_offset() + p.numel()
+        ]
+        return next((name for name in there if name.rpartition(".")[0] == module), (there or names)[0])
+
+    def _new_source(self, source: object) -> int:
+        self._sources.append(source)
+        return len(self._sources) - 1
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what runs inside."""
+        with ExitStack() as stack:
+            for name, norm in self.norms.items():
+                hook = norm.register_forward_hook(lambda _, __, out, name=name: self._follow(name, out))
+                stack.callback(hook.remove)
+            stack.callback(register_module_forward_pre_hook(self._enter).remove)
+            stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            stack.enter_context(self)
+            yield
+
+    def _enter(self, module: nn.Module, args: object) -> None:
+        self._stack.append(module)
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        self._stack.pop()
+
+    def returned(self, result: object) -> None:
+        """Tell it what a run returned: a norm's output among that is read by whoever ran the model."""
+        for tensor in tensors_of(result):
+            for name in self._norms_in(self._labels_of(tensor)):
+                self.others[name].append("the model's output")
+
+    def _follow(self, name: str, output: Tensor) -> None:
+        self.ran.add(name)
+        shape = self.norms[name].kind.shape
+        features = torch.arange(torch.Size(shape).numel(), device=output.device).view(shape)
+        with torch.inference_mode(False):
+            self._set_labels(output, ((self._norm_numbers[name] << _SHIFT) + features).expand(output.shape))
+
+    # Labels
+
+    def _labels_of(self, tensor: Tensor) -> Tensor | None:
+        """int64 labels of a tensor's shape, or None where it has none."""
+        key = storage_of(tensor)
+        if (number := self._numbers.get(key)) is not None:
+            return (number << _SHIFT) + Elements.of(tensor).index().to(tensor.device)
+        if (flat := self._labels.get(key)) is None:
             return None
-        address = tensor.untyped_storage().data_ptr()
-        return self.parameters.get(address, self.copy_of.get(address))
+        return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def _set_labels(self, tensor: Tensor, labels: Tensor) -> None:
+        key = storage_of(tensor)
+        if key not in self._labels:
+            size = tensor.untyped_storage().nbytes() // tensor.element_size()
+            self._labels[key] = torch.zeros(size, dtype=torch.int64, device=tensor.device)
+            self._keep[key] = tensor.untyped_storage()
+        view = self._labels[key].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+        view.copy_(labels)
+
+    def _is_labelled(self, tensor: Tensor) -> bool:
+        key = storage_of(tensor)
+        return key in self._numbers or key in self._labels
+
+    def _sources_in(self, labels: Tensor | None) -> list[object]:
+        if labels is None or not labels.numel():
+            return []
+        return [self._sources[number] for number in (labels >> _SHIFT).unique().tolist()]
+
+    def _norms_in(self, labels: Tensor | None) -> list[str]:
+        return [source for source in self._sources_in(labels) if isinstance(source, str)]
+
+    def _elements(self, labels: Tensor) -> Elements | None:
+        """The parameter's elements behind labels, if they are all of one parameter's storage."""
+        sources = self._sources_in(labels)
+        if len(sources) != 1 or not isinstance(sources[0], int):
+            return None
+        return Elements(sources[0], tuple(labels.shape), (), 0, (labels & _INDEX).cpu())
+
+    def _module(self) -> str:
+        return self.module_names.get(self._stack[-1], "") if self._stack else ""
+
+    # Operations
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Move labels where the operation moved numbers, and write down who read what."""
         operation = func.overloadpacket.__name__
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if operation in _ALIASES:
-            for part in tree_leaves(out):
-                if (name := self._source(args[0])) is not None:
-                    self.follow(name, part)
-                if (parameter := self._parameter(args[0])) is not None:
-                    self.keep.append(part)
-                    self.copy_of[part.untyped_storage().data_ptr()] = parameter
-            return out
+        retyped = is_view(func) and any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
+        if operation in _NO_READ or (is_view(func) and not retyped):
+            return
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.numel()]
+        if not any(self._is_labelled(tensor) for tensor in tensors):
+            return
         if operation in _PRODUCTS:
-            left, right = (args[position] for position in _PRODUCTS[operation])
-            name, parameter = self._source(left), self._parameter(right)
-            # A product of part of the output, or with part of a matrix, cannot be folded into the whole matrix.
-            whole = name is not None and left.shape[-1] == self.width[name]
-            if whole and parameter is not None and right.numel() == parameter.numel():
-                self.products[name].append((parameter, right.stride()[-2:] == parameter.stride()))
-                tensors = [t for t in tensors if t is not left and t is not right]
-        for tensor in tensors:
-            if (name := self._source(tensor)) is not None:
-                self.others[name].append(operation)
-            if (parameter := self._parameter(tensor)) is not None:
-                self.other_uses.add(parameter)
-        return out
+            self._product(operation, args, kwargs, out)
+        elif operation in _MOVES and not any(isinstance(value, float) for value in args[:3]):
+            self._move(func, args, kwargs, out)
+        elif operation == "copy_":
+            self._overwrite(args[0], args[1])
+        elif operation in ("fill_", "zero_"):
+            self._overwrite(args[0], None)
+        elif operation not in ("add", "add_") or not self._add(args, kwargs, out):
+            for tensor in tensors:
+                self._read(tensor, operation)
+        if func._schema.is_mutable and operation != "copy_":
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                    self._overwrite(value, None, reads=False)
+
+    def _read(self, tensor: object, operation: str) -> None:
+        """The operation uses the tensor's numbers, and not as a norm's linear map does."""
+        if not isinstance(tensor, Tensor):
+            return
+        key = storage_of(tensor)
+        if key in self._numbers:
+            self.reads.append(Read(self._module(), Elements.of(tensor)))
+            return
+        labels = self._labels_of(tensor)
+        for source in self._sources_in(labels):
+            if isinstance(source, str):
+                self.others[source].append(operation)
+            elif isinstance(source, int):
+                labels = cast(Tensor, labels)
+                mine = labels[labels >> _SHIFT == self._numbers[source]] & _INDEX
+                self.reads.append(Read(self._module(), Elements(source, (len(mine),), (), 0, mine.cpu())))
+
+    def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        def labels(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if not (value.is_floating_point() or value.is_complex()):
+                return value  # an index or a mask
+            found = self._labels_of(value)
+            return torch.zeros(value.shape, dtype=torch.int64, device=value.device) if found is None else found
+
+        operation = func.overloadpacket.__name__
+        if operation in ("clone", "_to_copy", "lift_fresh_copy"):
+            moved = labels(args[0]).to(out.device)
+        elif operation == "constant_pad_nd":
+            moved = func(labels(args[0]), args[1])
+        else:
+            moved = func(*tree_map(labels, args), **tree_map(labels, kwargs))
+        if out.numel():
+            self._set_labels(out, moved)
+
+    def _overwrite(self, target: Tensor, source: Tensor | None, reads: bool = True) -> None:
+        """Something was written over a tensor: a copy of the source, or numbers without labels."""
+        if storage_of(target) in self._numbers:
+            if reads:
+                self._read(target, "a write over it")
+            return
+        found = None if source is None else self._labels_of(source)
+        if found is not None or self._is_labelled(target):
+            self._set_labels(target, torch.zeros((), dtype=torch.int64) if found is None else found.to(target.device))
+
+    def _product(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        added, left, right = _PRODUCTS[operation]
+        a, b, result = _as_3d(operation, args[left], args[right], out)
+        if not result.numel():
+            return
+        holders = [storage_of(x) not in self._numbers and bool(self._norms_in(self._labels_of(x))) for x in (a, b)]
+        if holders == [True, False]:
+            given, matrix = a, b
+        elif holders == [False, True]:  # W h and not h W
+            given, matrix, result = b.mT, a.mT, result.mT
+        else:
+            for position in _PRODUCTS[operation]:
+                self._read(None if position is None else args[position], operation)
+            return
+        labels = cast(Tensor, self._labels_of(given))  # (batch, rows, K)
+        product, why = self._fold_into(labels, matrix)
+        if product is None:
+            for name in self._norms_in(labels):
+                self.others[name].append(f"{operation}, {why}")
+            self._read(matrix, operation)
+            self._read(None if added is None else args[added], operation)
+            return
+        self.products.append(product)
+        if added is not None:
+            plain = kwargs.get("alpha", 1) == 1 and kwargs.get("beta", 1) == 1
+            product.bias = self._bias(args[added], out, result, holders[1]) if plain else None
+            if product.bias is None:
+                self._read(args[added], operation)
+        if product.bias is None and self.has_bias(product):
+            columns = torch.arange(result.shape[0] * result.shape[2], device=out.device)
+            number = self._new_source(product)
+            named = (number << _SHIFT) + columns.view(result.shape[0], 1, result.shape[2]).expand(result.shape)
+            self._set_labels(out, (named.mT if holders[1] else named).reshape(out.shape))
+
+    def _fold_into(self, labels: Tensor, matrix: Tensor) -> tuple[Product | None, str]:
+        """The product of labelled (batch, rows, K) with a matrix (batch, K, O), or why it is no norm's linear map."""
+        if not bool((labels == labels[:, :1]).all()):
+            return None, "where the features do not stay in place from row to row"
+        row = labels[:, 0].cpu()  # (batch, K)
+        numbers = row >> _SHIFT
+        parts = []
+        for name in self._norms_in(labels):
+            norm, where = self.norms[name], numbers == self._norm_numbers[name]
+            features = row & _INDEX
+            if norm.centred:
+                every = torch.arange(torch.Size(norm.kind.shape).numel())
+                for mask, found in zip(where, features, strict=True):
+                    if not torch.equal(found[mask].sort().values, every):
+                        return None, "of some of its features, while its mean is over all"
+            parts.append(Part(name, where, features))
+        if storage_of(matrix) in self._numbers:
+            weight: Elements | None = Elements.of(matrix)
+        else:
+            found = self._labels_of(matrix)
+            weight = None if found is None else self._elements(found)
+        if weight is None:
+            return None, "with a matrix that is no parameter"
+        others = torch.stack([part.where for part in parts]).logical_not().all(0)
+        if bool(others.any()):
+            mine = weight.index()[others]
+            self.reads.append(Read(self._module(), Elements(weight.storage, tuple(mine.shape), (), 0, mine)))
+        return Product(self._module(), weight, parts), ""
+
+    def _bias(self, bias: Tensor, out: Tensor, result: Tensor, transposed: bool) -> Elements | None:
+        """The (batch, O) elements of a parameter that were added to every row of a product, if they were."""
+        labels = self._labels_of(bias)
+        if labels is None:
+            return None
+        labels = labels.expand(out.shape)
+        rows = labels.mT if transposed and labels.dim() > 1 else labels
+        rows = rows.reshape(result.shape)
+        if not result.shape[1] or not bool((rows == rows[:, :1]).all()):
+            return None
+        return self._elements(rows[:, 0])
+
+    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Whether it adds a parameter to a product's result, as its bias."""
+        if kwargs.get("alpha", 1) != 1 or not all(isinstance(value, Tensor) for value in args[:2]):
+            return False
+        for result, bias in (args[:2], args[1::-1]):
+            labels, found = self._labels_of(result), self._labels_of(bias)
+            sources = self._sources_in(labels)
+            if len(sources) != 1 or not isinstance(product := sources[0], Product) or found is None:
+                continue
+            if product.bias is not None or result.shape != out.shape:
+                continue
+            columns, given = cast(Tensor, labels).flatten() & _INDEX, found.expand(out.shape).flatten()
+            table = torch.full((int(columns.max()) + 1,), -1, device=given.device)
+            table[columns] = given
+            batch, _, width = product.weight.size
+            if len(table) != batch * width or bool((table < 0).any()) or not torch.equal(table[columns], given):
+                continue
+            product.bias = self._elements(table.view(batch, width))
+            if product.bias is not None:
+                return True
+        return False
 
 
-@torch.enable_grad()  # with gradients off, torch's encoder layers take a fused path that hides their projections
-def find_consumers(model: nn.Module, run: Callable[[], object]) -> dict[str, Feeds]:
-    """Find what every TaperNorm of a model feeds, by watching one forward pass.
+def _as_3d(operation: str, a: Tensor, b: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both factors and the result as (batch, rows, K), (batch, K, columns), (batch, rows, columns)."""
+    if operation in ("bmm", "baddbmm"):
+        return a, b, out
+    if operation == "dot":
+        return a[None, None], b[None, :, None], out[None, None, None]
+    if operation in ("mv", "addmv"):
+        return a[None], b[None, :, None], out[None, :, None]
+    return a[None], b[None], out[None]
+
+
+def find_consumers(model: nn.Module, *runs: Callable[[], object]) -> dict[str, Feeds]:
+    """Find what every TaperNorm of a model feeds, by watching forward passes.
 
     Args:
-        model: in any state; it is put into eval mode for the pass.
-        run: runs the model once, on real or made input.
+        model: in any state; it is put into eval mode for the passes.
+        *runs: each runs the model once, on real or made input, and returns its output.
 
     Returns:
-        A :class:`Feeds` a norm, by name; a norm that did not run has an empty one.
+        A :class:`Feeds` per norm, by name.
+
+    Raises:
+        TaperlitError: a norm did not run.
     """
-    norms = tapered_norms(model)
-    watch = _Watch(model)
-    training = {module: module.training for module in model.modules()}
+    watch = Watch(model)
+    for run in runs:
+        watch.returned(run_quietly(model, run, watch.watching()))
+    return resolve(watch)
+
+
+def run_quietly(
+    model: nn.Module, run: Callable[[], object], *contexts: AbstractContextManager[object], fused: bool = False
+) -> object:
+    """Run a model in eval mode, without gradients and compilation, and put back its modes and torch's generators.
+
+    Args:
+        model: that the run runs.
+        run: returns the model's output.
+        *contexts: entered around the run.
+        fused: let torch's encoder layers and attention take their fused paths, which hide what feeds what.
+    """
+    modes = {module: module.training for module in model.modules()}
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
-        for name, norm in norms.items():
-            hook = norm.register_forward_hook(lambda _, __, out, name=name: watch.follow(name, out))
-            stack.callback(hook.remove)
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in training.items()])
+        stack.callback(_set_modes, modes)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, enabled)
+        torch.backends.mha.set_fastpath_enabled(enabled and fused)
+        stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
         model.eval()
-        stack.enter_context(watch)
-        run()
-    return {name: _feeds(model, watch, name) for name in norms}
+        for context in contexts:
+            stack.enter_context(context)
+        return run()
 
 
-def _feeds(model: nn.Module, watch: _Watch, name: str) -> Feeds:
-    consumers: dict[str, Consumer] = {}
-    others, shared = list(watch.others.get(name, [])), []
-    for parameter, transposed in watch.products.get(name, []):
-        names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
-        # Of a tied matrix's names, the embedding's is not the one that multiplies.
-        multiplies = [n for n in names if not isinstance(model.get_submodule(n.rpartition(".")[0]), nn.Embedding)]
-        elsewhere = any(parameter is p for other, ps in watch.products.items() if other != name for p, _ in ps)
-        if elsewhere or parameter in watch.other_uses:
-            if len(names) == 1 or len(multiplies) != 1:
-                others.append(f"{names[0]}, which other inputs use too")
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
+def resolve(watch: Watch, scaled: Iterable[str] = ()) -> dict[str, Feeds]:
+    """What every norm feeds, by what a watch saw; a matrix that other inputs use too is found here.
+
+    Args:
+        watch: after its runs.
+        scaled: names of norms that stay as explicit scales: their products are other inputs' too.
+
+    Raises:
+        TaperlitError: a norm did not run.
+    """
+    feeds = {name: Feeds(others=list(dict.fromkeys(watch.others[name]))) for name in watch.norms}
+    for name in watch.norms:
+        if name not in watch.ran:
+            raise TaperlitError(
+                f"{name} did not run in the forward pass, so what it feeds is unknown; it cannot be folded."
+            )
+    products = [p for p in watch.products if not any(part.norm in scaled for part in p.parts)]
+    reads = watch.reads + [Read(p.module, p.weight) for p in watch.products if p not in products]
+    for product in products:
+        for part in product.parts:
+            feeds[part.norm].products.append(product)
+    for storage in {p.weight.storage for p in products} | {p.bias.storage for p in products if p.bias is not None}:
+        _find_conflicts(watch, storage, products, [read for read in reads if read.elements.storage == storage], feeds)
+    return feeds
+
+
+def _find_conflicts(
+    watch: Watch, storage: int, products: list[Product], reads: list[Read], feeds: dict[str, Feeds]
+) -> None:
+    """Find elements of one storage that two things use that would need them changed differently."""
+    users = torch.zeros(watch.size_of(storage), dtype=torch.int32)  # per element: 0 nobody, 1 a read, else a role
+    for read in reads:
+        users[read.elements.index()] = 1
+    roles = list(roles_in(watch, storage, products))
+    clashes: set[int] = set()
+    for number, (product, elements, _) in enumerate(roles, start=2):
+        index = own_index(product, elements)
+        for other in users[index].unique().tolist():
+            if other:
+                clashes |= {number, other}
+        users[index] = number
+    names = [name for name, _ in watch.parameters[storage]]
+    for number, (product, elements, twins) in enumerate(roles, start=2):
+        if number not in clashes:
+            continue
+        holders = {twin.module for twin in twins}
+        rivals = {read.module for read in reads}
+        rivals |= {twin.module for n, (_, _, ts) in enumerate(roles, start=2) if n != number for twin in ts}
+        own = [name for name in names if name.rpartition(".")[0] in holders]
+        separable = (
+            elements is product.weight
+            and len({id(p) for _, p in watch.parameters[storage]}) == 1
+            and holders <= {name.rpartition(".")[0] for name in own}
+            and not holders & rivals
+        )
+        for part in product.parts:
+            if elements is product.weight:
+                feeds[part.norm].shared.update(dict.fromkeys(own if separable else names[:1], separable))
+            else:
+                feeds[part.norm].others.append(f"a product whose bias {names[0]} is read elsewhere too")
+
+
+def _same_bias(a: Product, b: Product) -> bool:
+    return a.same_weight(b) and a.bias is not None and b.bias is not None and a.bias.same(b.bias)
+
+
+def own_index(product: Product, elements: Elements) -> Tensor:
+    """The indices of a product's weight at its norms' positions, or of its bias."""
+    index = elements.index()
+    if elements is product.weight:
+        return index[torch.stack([part.where for part in product.parts]).any(0)]
+    return index
+
+
+def roles_in(
+    watch: Watch, storage: int, products: Iterable[Product]
+) -> Iterator[tuple[Product, Elements, list[Product]]]:
+    """What products want of the elements of one storage, as weights or as biases, each once.
+
+    Yields:
+        A product, its weight or its bias, and all products that want the very same of the very same elements.
+    """
+    roles: list[tuple[Product, Elements, list[Product]]] = []
+    for product in products:
+        for elements, alike in ((product.weight, Product.same_weight), (product.bias, _same_bias)):
+            if elements is None or elements.storage != storage:
                 continue
-            shared.append(multiplies[0])
-        consumers[multiplies[0]] = Consumer(multiplies[0], _bias_name(multiplies[0]), transposed)
-    return Feeds(list(consumers.values()), others, shared)
-
-
-def _bias_name(weight: str) -> str:
-    module, _, leaf = weight.rpartition(".")
-    return f"{module}.{leaf.replace('weight', 'bias')}" if module else leaf.replace("weight", "bias")
+            if elements is product.bias and not watch.has_bias(product):
+                continue  # nothing will be added to it
+            is_bias = elements is product.bias
+            twins = next((ts for p, es, ts in roles if (es is p.bias) == is_bias and alike(p, product)), None)
+            if twins is not None:
+                twins.append(product)
+            else:
+                roles.append((product, elements, [product]))
+    yield from roles

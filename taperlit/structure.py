@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from taperlit.errors import TaperlitError
-from taperlit.norm import Affine, call_me
+from taperlit.norm import Affine, call_me, plain_name
 
 
 class Scale(TypedDict):
@@ -26,12 +26,14 @@ class Structure(TypedDict):
         scales: the norms that became an explicit :class:`taperlit.norm.Affine`.
         biases: the parameters that were made, and their shapes.
         untied: the parameters that got a value of their own where they shared one.
+        difference: the largest relative difference of the outputs, folded against unfolded, in float64.
     """
 
     identities: dict[str, list[str]]
     scales: dict[str, Scale]
     biases: dict[str, list[int]]
     untied: list[str]
+    difference: float
 
 
 def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
@@ -58,7 +60,7 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
         for name, shape in structure["biases"].items():
             add_bias(model, name, shape)
         for name in structure["identities"]:
-            replace(model, name, identity_for(model.get_submodule(name)))
+            replace(model, name, identity_for(submodule(model, name)))
         for name, scale in structure["scales"].items():
             replace(model, name, explicit_scale(model, name, scale))
     except (AttributeError, KeyError, TypeError) as error:
@@ -78,7 +80,19 @@ def describe(structure: Structure) -> list[str]:
 def owner(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter, and its name there."""
     module, _, leaf = parameter.rpartition(".")
-    return model.get_submodule(module), leaf
+    return submodule(model, module), leaf
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """A module by its plain name, also inside of what ``torch.compile`` wrapped.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    for found, module in model.named_modules(remove_duplicate=False):
+        if plain_name(found) == name:
+            return module
+    raise AttributeError(f"it has no module {name!r}")
 
 
 def places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -91,7 +105,7 @@ def places(model: nn.Module, module: nn.Module) -> Iterator[tuple[nn.Module, str
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in another's place, under each of its names."""
-    old = model.get_submodule(name)
+    old = submodule(model, name)
     new.train(old.training)
     for parent, leaf in list(places(model, old)):
         parent._modules[leaf] = new
@@ -105,7 +119,7 @@ def identity_for(norm: nn.Module) -> nn.Identity:
             getattr(identity, name).update(value)
     if isinstance(norm, nn.LayerNorm):
         # nn.TransformerEncoderLayer compares its norms' eps, and then leaves its fused path where there is a hook.
-        identity.eps = norm.eps
+        identity.__dict__["eps"] = norm.eps
         if call_me not in identity._forward_pre_hooks.values():
             identity.register_forward_pre_hook(call_me)
     return identity
@@ -113,7 +127,7 @@ def identity_for(norm: nn.Module) -> nn.Identity:
 
 def explicit_scale(model: nn.Module, name: str, scale: Scale) -> Affine:
     """An :class:`Affine` of the identity map, on the device and of the dtype that a norm's parameters have."""
-    norm = model.get_submodule(name)
+    norm = submodule(model, name)
     like = next(norm.parameters(), next(model.parameters()))
     return Affine(tuple(scale["shape"]), scale["centred"], scale["bias"], like.device, like.dtype)
 
