@@ -78,6 +78,7 @@ def fold(
         structure = Structure(identities={}, scales={}, biases={}, untied=[], difference=0.0)
         watch, before = _watch(model, runs)
         feeds = resolve(watch)
+        _require_numbers(before)
         scaled = [name for name, feed in feeds.items() if feed.shared and tied == "scale"]
         if tied == "untie" and _untie(model, feeds, structure):
             watch, before = _watch(model, runs)
@@ -205,13 +206,16 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _outputs(result: object) -> list[Tensor]:
-    tensors = [tensor.detach().clone() for tensor in tensors_of(result) if not tensor.is_meta]
-    numbers = [t for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())]
-    if not any(bool(t.isfinite().any()) for t in numbers):
-        raise TaperlitError(
-            "The run returned no finite numbers to check the folding with; let it return the model's output."
-        )
-    return tensors
+    return [tensor.detach().clone() for tensor in tensors_of(result) if not tensor.is_meta]
+
+
+def _require_numbers(outputs: Iterable[list[Tensor]]) -> None:
+    for tensors in outputs:
+        numbers = [t for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())]
+        if not any(bool(t.isfinite().any()) for t in numbers):
+            raise TaperlitError(
+                "A run returned no finite numbers to check the folding with; let it return the model's output."
+            )
 
 
 def _watch(model: nn.Module, runs: Iterable[Run]) -> tuple[Watch, list[list[Tensor]]]:

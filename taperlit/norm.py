@@ -527,8 +527,8 @@ class Affine(nn.Module):
 @torch.no_grad()
 def update_alignment(
     norms: Iterable[TaperNorm],
-    ema_rate: float = 0.01,
     all_reduce_mean: Callable[[Tensor], Tensor] = lambda x: x,
+    ema_rate: float = 0.01,
 ) -> None:
     """Take the pending micro-batches of one optimizer step into every norm's moving averages, and clear them.
 
@@ -536,9 +536,9 @@ def update_alignment(
 
     Args:
         norms: the tapered norms, in the same order on every rank.
-        ema_rate: of the moving averages; about the last ``1 / ema_rate`` steps count.
         all_reduce_mean: averages a (n_norm, 3) tensor over the ranks. Moving averages are linear, so averaging each
             step's batch statistics keeps every rank at what one process that saw all batches would have.
+        ema_rate: of the moving averages; about the last ``1 / ema_rate`` steps count.
     """
     norms = list(norms)
     if not norms:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from taperlit.surgery import taper
 from taperlit.transformer import Transformer, TransformerConfig
 
 TINY = dict(vocab_size=300, block_size=32, n_layer=2, n_head=2, d_model=32, d_ff=64)
@@ -13,11 +14,13 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny():
-    """A builder of tiny transformers with weights that are not symmetric."""
+    """A builder of tiny transformers with weights that are not symmetric, tapered by name."""
 
-    def build(**changes) -> Transformer:
+    def build(names=(), **changes) -> Transformer:
         torch.manual_seed(0)
         model = Transformer(TransformerConfig(**{**TINY, **changes}))
+        if names:
+            taper(model, names)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from taperlit.errors import TaperlitError
-from taperlit.folding import fold, largest_difference
+from taperlit.folding import fold, largest_difference, rehearse
 from taperlit.norm import TaperNorm, shared_gate, tapered_norms
+from taperlit.structure import apply_structure
 from taperlit.surgery import taper
 from taperlit.transformer import Transformer, TransformerConfig
 
@@ -28,7 +29,7 @@ def tapered_to_zero(model, seed=0):
 @settings(max_examples=25, deadline=None)
 @given(
     norm=st.sampled_from(["rmsnorm", "layernorm"]),
-    taper=st.sampled_from(["internal", "all"]),
+    names=st.sampled_from([["blocks.*"], ["*"]]),
     tied=st.booleans(),
     how=st.sampled_from(["untie", "scale"]),
     bias=st.booleans(),
@@ -36,23 +37,27 @@ def tapered_to_zero(model, seed=0):
     kv=st.sampled_from([1, 2]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_folded_computes_the_same_without_norms(norm, taper, tied, how, bias, mlp, kv, dtype):
+def test_folded_computes_the_same_without_norms(norm, names, tied, how, bias, mlp, kv, dtype):
     torch.manual_seed(0)
-    config = TransformerConfig(60, 16, 2, 2, kv, 32, 48, norm=norm, taper=taper, tied=tied, bias=bias, mlp=mlp)
-    model = tapered_to_zero(Transformer(config)).to(dtype)
+    config = TransformerConfig(60, 16, 2, 2, kv, 32, 48, norm=norm, tied=tied, bias=bias, mlp=mlp)
+    model = Transformer(config)
+    taper(model, names)
+    tapered_to_zero(model).to(dtype)
     tokens = torch.randint(60, (2, 16))
     folded = copy.deepcopy(model)
-    report = fold(folded, lambda: folded(tokens), tied=how)
+    structure = fold(folded, lambda: folded(tokens), tied=how)
     with torch.no_grad():
         difference = largest_difference(model(tokens), folded(tokens))
     assert difference < (1e-5 if dtype == torch.float32 else 0.1)
+    assert structure["difference"] < 1e-13
     assert not any(isinstance(module, TaperNorm) for module in folded.modules())
     left = [m for m in folded.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm)]
-    assert len(left) == (taper == "internal")
+    assert len(left) == (names == ["blocks.*"])
     assert not any("taper" in key for key in folded.state_dict())
-    assert len(report) == (5 if taper == "all" else 4)
-    # and what its own config describes is the same model
-    rebuilt = Transformer(TransformerConfig(**folded.config_dict())).to(dtype).eval()
+    assert len(structure["identities"]) + len(structure["scales"]) == (5 if names == ["*"] else 4)
+    assert bool(structure["scales"]) == (names == ["*"] and tied and how == "scale")
+    # and what its record describes is the same model
+    rebuilt = apply_structure(Transformer(config), structure).to(dtype).eval()
     rebuilt.load_state_dict(folded.state_dict())
     with torch.no_grad():
         assert torch.equal(rebuilt(tokens), folded(tokens))
@@ -84,8 +89,8 @@ def test_torchs_encoder_folds_into_its_packed_projection():
     tapered_to_zero(model)
     x = torch.randn(2, 5, 32)
     before = model(x)
-    report = fold(model, lambda: model(x))
-    assert report[0].consumers == ("layers.0.self_attn.in_proj_weight",)
+    structure = fold(model, lambda: model(x))
+    assert structure["identities"]["layers.0.norm1"] == ["layers.0.self_attn.in_proj_weight"]
     assert largest_difference(before, model(x)) < 1e-5
     with torch.no_grad():
         assert largest_difference(before, model(x)) < 1e-5
@@ -122,14 +127,14 @@ def test_a_qk_norm_is_refused_by_name():
 
 @pytest.mark.parametrize("g", [1.0, 0.25])
 def test_an_open_gate_is_refused_by_value(tiny, g):
-    model = tiny(taper="internal")
+    model = tiny(["blocks.*"])
     shared_gate(model).set(g)
     with pytest.raises(TaperlitError, match=f"The gate is {g:g}, not 0"):
         fold(model, lambda: model(torch.zeros(1, 4, dtype=torch.int64)))
 
 
 def test_a_norm_that_did_not_run_is_refused(tiny):
-    model = tapered_to_zero(tiny(taper="internal"))
+    model = tapered_to_zero(tiny(["blocks.*"]))
     with pytest.raises(TaperlitError, match=r"blocks\.0\.attn_norm did not run"):
         fold(model, lambda: None)
 
@@ -155,3 +160,112 @@ def test_a_matrix_that_other_inputs_use_is_refused(second):
     tapered_to_zero(model)
     with pytest.raises(TaperlitError, match=r"a feeds .* \(linear\.weight, which other inputs use too\)"):
         fold(model, lambda: model(torch.randn(2, 8)))
+
+
+class Experts(nn.Module):
+    """A norm that feeds one of two linear maps, by the length of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.short, self.long, self.aside = (
+            nn.LayerNorm(8),
+            nn.Linear(8, 4),
+            nn.Linear(8, 4),
+            nn.Linear(4, 4),
+        )
+
+    def forward(self, x):
+        return (self.short if x.shape[0] < 4 else self.long)(self.norm(x))
+
+
+def test_a_run_that_leaves_parameters_untouched_is_refused_and_more_runs_mend_it():
+    torch.manual_seed(0)
+    model = Experts()
+    taper(model)
+    tapered_to_zero(model)
+    x = torch.randn(5, 8)
+    before = [model(x[:2]), model(x)]
+    with pytest.raises(TaperlitError, match=r"used long\.weight, long\.bias, aside\.weight, aside\.bias nowhere"):
+        fold(model, lambda: model(x[:2]))
+    with pytest.raises(TaperlitError, match=r"used aside\.weight, aside\.bias nowhere"):
+        fold(model, lambda: model(x[:2]), lambda: model(x))
+    structure = fold(model, lambda: model(x[:2]), lambda: model(x), untouched=["aside.*"])
+    assert structure["identities"] == {"norm": ["short.weight", "long.weight"]}
+    for old, new in zip(before, [model(x[:2]), model(x)], strict=True):
+        torch.testing.assert_close(new, old)
+
+
+@pytest.mark.parametrize("fault", ["raises", "draws", "returns nothing", "is read by the forward pass"])
+def test_whatever_goes_wrong_the_model_is_whole(fault):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2)).double()
+    taper(model)
+    tapered_to_zero(model).train()
+    x, calls = torch.randn(3, 8).double(), []
+
+    def run():
+        calls.append(1)
+        if fault == "raises" and len(calls) > 2:
+            raise KeyError("mine")
+        if fault == "is read by the forward pass":
+            return model(x) * model[0].taper_weight.sum()
+        y = model(x * (len(calls) if fault == "draws" else 1))
+        return None if fault == "returns nothing" else y
+
+    before, modules, state = model(x), [*model.modules()], copy.deepcopy(model.state_dict())
+    with pytest.raises(TaperlitError) as error:
+        fold(model, run)
+    words = {
+        "raises": "KeyError: 'mine'", "draws": "gives the same each time", "returns nothing": "no finite numbers",
+        "is read by the forward pass": "does not run any more",
+    }  # fmt: skip
+    assert words[fault] in str(error.value)
+    assert [*model.modules()] == modules
+    assert all(module.training for module in modules)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert model[1].bias is None
+    assert torch.equal(model(x), before)
+
+
+def test_an_error_of_the_users_own_run_is_the_users():
+    model = nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 8))
+    taper(model)
+    tapered_to_zero(model)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        fold(model, lambda: model(torch.randn(3, 7)))
+
+
+def test_a_rehearsal_finds_at_the_start_what_folding_would_find_at_the_end():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8, bias=False))  # with gains of one and biases of zero
+    taper(model)
+    rehearse(model, lambda: model(torch.randn(3, 8)))
+
+    class OwnLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.weight = nn.LayerNorm(8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            return self.norm(x) @ self.weight
+
+    own = OwnLinear()
+    taper(own)
+    with pytest.raises(TaperlitError, match="norm adds a bias, and the product with weight reads none"):
+        rehearse(own, lambda: own(torch.randn(3, 8)))
+
+
+def test_a_bfloat16_model_is_proved_in_float64():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 64), nn.RMSNorm(64), nn.Linear(64, 64)).bfloat16()
+    taper(model)
+    tapered_to_zero(model)
+    x = torch.randn(5, 64).bfloat16()
+    wide = copy.deepcopy(model).double()
+    structure = fold(model, lambda: model(x))
+    assert structure["difference"] < 1e-14  # though its weights are rounded to three digits
+    exact = wide(x.double())
+    assert largest_difference(exact, model(x)) < 0.05
+    gain = wide[0].alignment.double() * wide[0].taper_weight
+    assert torch.equal(model[1].weight, (wide[1].weight * gain).bfloat16())

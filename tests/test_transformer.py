@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperLayerNorm, TaperRMSNorm, shared_gate, tapered_norms
+from taperlit.surgery import taper
 from taperlit.transformer import PRESETS, KVCache, Transformer, TransformerConfig
 
 transformers = pytest.importorskip("transformers")
@@ -21,7 +22,8 @@ SIZES = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_parameters_their_name_says(name):
     with torch.device("meta"):
-        model = Transformer(TransformerConfig.from_preset(name, taper="internal"))
+        model = Transformer(TransformerConfig.from_preset(name))
+        taper(model, ["blocks.*"])
     assert model.num_parameters() == pytest.approx(SIZES[name], rel=0.08)
 
 
@@ -106,10 +108,9 @@ def test_matches_transformers_llama_with_grouped_queries():
 )
 def test_cached_decoding_gives_the_full_pass(norm, position, mlp, kv, bias, cuts):
     torch.manual_seed(0)
-    config = TransformerConfig(
-        50, 16, 2, 4, kv, 32, 48, norm=norm, position=position, mlp=mlp, bias=bias, taper="internal"
-    )
+    config = TransformerConfig(50, 16, 2, 4, kv, 32, 48, norm=norm, position=position, mlp=mlp, bias=bias)
     model = Transformer(config).eval()
+    taper(model, ["blocks.*"])
     tokens = torch.randint(50, (3, 16))
     cache = KVCache(config, batch_size=3)
     parts = []
@@ -130,10 +131,10 @@ def test_no_token_sees_a_later_one(tiny):
         assert not torch.equal(model(tokens)[:, 12:], model(changed)[:, 12:])
 
 
-@pytest.mark.parametrize(("taper", "count"), [("none", 0), ("internal", 4), ("all", 5)])
+@pytest.mark.parametrize(("names", "count"), [([], 0), (["blocks.*"], 4), (["*"], 5)])
 @pytest.mark.parametrize(("norm", "kind"), [("rmsnorm", TaperRMSNorm), ("layernorm", TaperLayerNorm)])
-def test_which_norms_taper(tiny, taper, count, norm, kind):
-    model = tiny(taper=taper, norm=norm)
+def test_which_norms_taper(tiny, names, count, norm, kind):
+    model = tiny(names, norm=norm)
     norms = tapered_norms(model)
     assert len(norms) == count
     assert all(type(n) is kind and n.gate is shared_gate(model) for n in norms.values())
@@ -141,14 +142,16 @@ def test_which_norms_taper(tiny, taper, count, norm, kind):
 
 
 def test_initialization_is_depth_scaled_and_survives_the_meta_device():
-    config = TransformerConfig(1000, 64, 8, 4, d_model=128, tied=True, taper="all")
+    config = TransformerConfig(1000, 64, 8, 4, d_model=128, tied=True)
     with torch.device("meta"):
         model = Transformer(config)
+        taper(model)
     model.to_empty(device="cpu")
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     fresh = Transformer(config)
+    taper(fresh)
     assert model.head.weight is model.tok_embed.weight
     assert torch.equal(model.rope.cos, fresh.rope.cos)
     for name, parameter in model.named_parameters():
