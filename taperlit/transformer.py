@@ -4,8 +4,9 @@ Shapes: B batch, T new tokens, S cache length, H query heads, K key/value heads,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypedDict, get_type_hints
+from typing import Any, Literal, TypedDict, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,19 @@ class TransformerConfig:
         """Width of one head."""
         return self.d_model // self.n_head
 
+    @property
+    def kv_heads(self) -> int:
+        """``n_kv_head``, which is never None once the config is made."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def d_inner(self) -> int:
+        """``d_ff``, which is never None once the config is made."""
+        assert self.d_ff is not None
+        return self.d_ff
+
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> "TransformerConfig":
+    def from_preset(cls, name: str, **overrides: Any) -> "TransformerConfig":
         """The named entry of ``PRESETS`` with some fields changed.
 
         Raises:
@@ -98,7 +110,7 @@ _LLAMA3 = {**_LLAMA, "vocab_size": 128256, "block_size": 8192, "rope_theta": 500
 # with tied embeddings counted once and heads of 16 to 64.
 _SMALL = {**_LLAMA, "vocab_size": 10000, "block_size": 512, "n_layer": 8, "tied": True}
 
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "gpt2_124m": _GPT2,
     "gpt2_350m": dict(_GPT2, n_layer=24, n_head=16, d_model=1024),
     "gpt2_774m": dict(_GPT2, n_layer=36, n_head=20, d_model=1280),
@@ -140,6 +152,8 @@ class Rope(Float32State):
     """Rotary position embedding (arXiv:2104.09864), in Llama's half-split layout; tables stay float32."""
 
     float32_state = ("cos", "sin")
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -176,6 +190,9 @@ class KVCache(nn.Module):
         dtype: of the keys and values.
     """
 
+    k: Tensor
+    v: Tensor
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -186,7 +203,7 @@ class KVCache(nn.Module):
     ) -> None:
         super().__init__()
         length = config.block_size if length is None else length
-        shape = (config.n_layer, batch_size, config.n_kv_head, length, config.d_head)
+        shape = (config.n_layer, batch_size, config.kv_heads, length, config.d_head)
         self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
 
@@ -207,8 +224,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_head, self.n_kv_head, self.d_head = layer, config.n_head, config.n_kv_head, config.d_head
-        d_kv = config.n_kv_head * config.d_head
+        self.layer, self.n_head, self.n_kv_head, self.d_head = layer, config.n_head, config.kv_heads, config.d_head
+        d_kv = config.kv_heads * config.d_head
         self.q_proj = Linear(config.d_model, config.d_model, config.bias)
         self.k_proj = Linear(config.d_model, d_kv, config.bias)
         self.v_proj = Linear(config.d_model, d_kv, config.bias)
@@ -237,9 +254,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.d_model, config.d_ff, config.bias) if config.mlp == "swiglu" else None
-        self.up_proj = Linear(config.d_model, config.d_ff, config.bias)
-        self.down_proj = Linear(config.d_ff, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.gate_proj = Linear(config.d_model, config.d_inner, config.bias) if config.mlp == "swiglu" else None
+        self.up_proj = Linear(config.d_model, config.d_inner, config.bias)
+        self.down_proj = Linear(config.d_inner, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, d_model) to the same shape."""
@@ -293,7 +310,7 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.tok_embed.weight
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         tied = self.head.weight is self.tok_embed.weight
         super()._apply(fn, recurse)
         if tied:  # leaving the meta device makes two matrices of one

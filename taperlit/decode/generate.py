@@ -1,6 +1,7 @@
 """Autoregressive decoding with a static KV cache: prefill, then one token at a time."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -93,7 +94,7 @@ def decode(
 
 
 def stream_text(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, stop: int | None = None, **sampling
+    model: Transformer, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, stop: int | None = None, **sampling: Any
 ) -> Iterator[str]:
     """Continue a text, piece by piece; characters whose bytes are not complete yet are held back.
 
