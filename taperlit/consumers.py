@@ -7,7 +7,6 @@ norm's output is written down by name. So is whatever else reads a parameter: a 
 absorb a norm.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -19,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves, tree_map
 
 from taperlit.errors import TaperlitError
-from taperlit.float64 import Float64, is_view, storage_of
+from taperlit.float64 import Copies, Float64, WideInputs, is_view, storage_of
 from taperlit.norm import plain_name, tapered_norms
 
 _SHIFT = 40  # a label is a source's number, shifted, plus the index within the source; 0 is no label
@@ -59,11 +58,6 @@ class Elements:
     stride: tuple[int, ...]
     offset: int
     explicit: Tensor | None = None
-
-    @staticmethod
-    def of(view: Tensor) -> "Elements":
-        """The elements that a view shows."""
-        return Elements(storage_of(view), tuple(view.size()), tuple(view.stride()), int(view.storage_offset()))
 
     def index(self) -> Tensor:
         """Their int64 indices in the storage, of shape ``size``."""
@@ -185,6 +179,7 @@ class Watch(Float64):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.model = model
         self.norms = tapered_norms(model)
         self.ran: set[str] = set()
         self.module_names: dict[nn.Module, str] = {module: plain_name(name) for name, module in model.named_modules()}
@@ -196,7 +191,8 @@ class Watch(Float64):
         self.reads: list[Read] = []
         self.others: dict[str, list[str]] = {name: [] for name in self.norms}
         self._sources: list[object] = [None]  # by number: a norm's name, a parameter's storage, or a Product
-        self._numbers = {key: self._new_source(key) for key in self.parameters}
+        self._parameter_numbers = {key: self._new_source(key) for key in self.parameters}
+        self._numbers: dict[int, int] = {}  # the same by the storages that hold the parameters while a run is watched
         self._norm_numbers = {name: self._new_source(name) for name in self.norms}
         self._labels: dict[int, Tensor] = {}  # storage -> one label per element, of what is no parameter's own storage
         self._keep: dict[int, object] = {}  # a freed storage's key could come back as another tensor's
@@ -228,18 +224,32 @@ class Watch(Float64):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch what runs inside."""
+        """Watch what runs inside, wide and on copies of the model's tensors."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            self.met(tensor.dtype)
         with ExitStack() as stack:
+            copies = stack.enter_context(Copies(self.model, wide=True))
+            numbers = self._parameter_numbers
+            self._numbers = {new: numbers[old] for new, old in copies.original.items() if old in numbers}
             for name, norm in self.norms.items():
                 hook = norm.register_forward_hook(lambda _, __, out, name=name: self._follow(name, out))
                 stack.callback(hook.remove)
             stack.callback(register_module_forward_pre_hook(self._enter).remove)
             stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
+            stack.enter_context(WideInputs())
             stack.enter_context(self)
+            stack.callback(self._forget)
             yield
+
+    def _forget(self) -> None:
+        """A run is over, and its storages may be others' soon."""
+        self._numbers, self._labels, self._keep = {}, {}, {}
 
     def _enter(self, module: nn.Module, args: object) -> None:
         self._stack.append(module)
+        for device in ("cpu", "cuda"):  # of what autocast asks for, no operation here gets to know
+            if torch.is_autocast_enabled(device):
+                self.met(torch.get_autocast_dtype(device))
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self._stack.pop()
@@ -252,6 +262,9 @@ class Watch(Float64):
 
     def _follow(self, name: str, output: Tensor) -> None:
         self.ran.add(name)
+        if not storage_of(output):
+            self.others[name].append("a tensor without a storage")
+            return
         shape = self.norms[name].kind.shape
         features = torch.arange(torch.Size(shape).numel(), device=output.device).view(shape)
         with torch.inference_mode(False):
@@ -263,7 +276,7 @@ class Watch(Float64):
         """int64 labels of a tensor's shape, or None where it has none."""
         key = storage_of(tensor)
         if (number := self._numbers.get(key)) is not None:
-            return (number << _SHIFT) + Elements.of(tensor).index().to(tensor.device)
+            return (number << _SHIFT) + self._view(tensor).index().to(tensor.device)
         if (flat := self._labels.get(key)) is None:
             return None
         return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
@@ -296,6 +309,11 @@ class Watch(Float64):
             return None
         return Elements(sources[0], tuple(labels.shape), (), 0, (labels & _INDEX).cpu())
 
+    def _view(self, tensor: Tensor) -> Elements:
+        """The elements of a parameter's storage that a view of it shows."""
+        storage = cast(int, self._sources[self._numbers[storage_of(tensor)]])
+        return Elements(storage, tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset()))
+
     def _module(self) -> str:
         return self.module_names.get(self._stack[-1], "") if self._stack else ""
 
@@ -306,6 +324,13 @@ class Watch(Float64):
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Move labels where the operation moved numbers, and write down who read what."""
         operation = func.overloadpacket.__name__
+        try:
+            self._observe(operation, func, args, kwargs, out)
+        except (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError):
+            for name in self.ran:  # an operation on tensors of a kind that has no labels
+                self.others[name].append(f"{operation}, which cannot be followed")
+
+    def _observe(self, operation: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         retyped = is_view(func) and any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
         if operation in _NO_READ or (is_view(func) and not retyped):
             return
@@ -334,7 +359,7 @@ class Watch(Float64):
             return
         key = storage_of(tensor)
         if key in self._numbers:
-            self.reads.append(Read(self._module(), Elements.of(tensor)))
+            self.reads.append(Read(self._module(), self._view(tensor)))
             return
         labels = self._labels_of(tensor)
         for source in self._sources_in(labels):
@@ -342,7 +367,7 @@ class Watch(Float64):
                 self.others[source].append(operation)
             elif isinstance(source, int):
                 labels = cast(Tensor, labels)
-                mine = labels[labels >> _SHIFT == self._numbers[source]] & _INDEX
+                mine = labels[labels >> _SHIFT == self._parameter_numbers[source]] & _INDEX
                 self.reads.append(Read(self._module(), Elements(source, (len(mine),), (), 0, mine.cpu())))
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -425,7 +450,7 @@ class Watch(Float64):
                         return None, "of some of its features, while its mean is over all"
             parts.append(Part(name, where, features))
         if storage_of(matrix) in self._numbers:
-            weight: Elements | None = Elements.of(matrix)
+            weight: Elements | None = self._view(matrix)
         else:
             found = self._labels_of(matrix)
             weight = None if found is None else self._elements(found)
@@ -505,7 +530,7 @@ def find_consumers(model: nn.Module, *runs: Callable[[], object]) -> dict[str, F
 def run_quietly(
     model: nn.Module, run: Callable[[], object], *contexts: AbstractContextManager[object], fused: bool = False
 ) -> object:
-    """Run a model in eval mode, without gradients and compilation, and put back its modes and torch's generators.
+    """Run a model in eval mode and uncompiled, and put back its modes and torch's random generators.
 
     Args:
         model: that the run runs.
@@ -522,10 +547,6 @@ def run_quietly(
         torch.backends.mha.set_fastpath_enabled(enabled and fused)
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(warnings.catch_warnings())
-        # torch says that a wide input and a narrow gain miss a fused kernel; that is of no interest here.
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         model.eval()
         for context in contexts:
             stack.enter_context(context)

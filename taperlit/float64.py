@@ -1,45 +1,123 @@
 """Run a model in float64 without changing it: the independent truth that folding is checked against."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from taperlit.errors import TaperlitError
+from taperlit.norm import Gate
+
+_WIDE = {
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What all views of one storage have in common."""
-    return tensor.untyped_storage()._cdata
+    """What all views of one storage have in common; 0 where a tensor has none (sparse ones, functorch's wrappers)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
-def is_view(func: torch._ops.OpOverload) -> bool:
+def flat(tensor: Tensor) -> Tensor:
+    """All of a tensor's storage, as one dimension."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.detach().as_strided((size,), (1,), 0)
+
+
+def is_view(func: Any) -> bool:
     """Whether an operation returns a view of its input and changes nothing."""
     schema = func._schema
     return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
 
 
-class Float64(TorchDispatchMode):
-    """Every operation computes in float64 (or complex128), whatever the dtypes of parameters, buffers and inputs.
+class Copies(AbstractContextManager["Copies"]):
+    """While it is entered, a model's parameters and buffers hold copies, so that nothing a run writes there stays.
 
-    Numbers are widened where an operation reads them; nothing that exists is changed, and whatever an operation makes
-    is wide from then on. A dtype that the model asks for (``x.to(torch.bfloat16)``, autocast) is asked in vain. Only
-    what is written into a narrower tensor that was there before is rounded to it.
+    The tensors themselves stay the same objects, and what shared a storage shares one.
 
     Args:
-        values: flat float64 contents that stand in for the contents of storages, by :func:`storage_of`; made anew each
-            time that they are read, so that not all of a model need be held twice.
+        model: any.
+        wide: make the copies float64 (complex128).
+        contents: what copies hold instead, flat, by :func:`storage_of` the tensors before.
+
+    Attributes:
+        original: the storage before, by the storage of its copy.
+    """
+
+    def __init__(
+        self, model: nn.Module, wide: bool, contents: Mapping[int, Callable[[], Tensor]] | None = None
+    ) -> None:
+        self.model, self.wide, self.contents = model, wide, contents or {}
+        self.original: dict[int, int] = {}
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> "Copies":
+        gates = {module.value for module in self.model.modules() if isinstance(module, Gate)}  # they stay float32
+        copies: dict[int, Tensor] = {}
+        for tensor in {*self.model.parameters(), *self.model.buffers()}:
+            key = storage_of(tensor)
+            if not key or not tensor.numel():
+                continue
+            self._before.append((tensor, tensor.data))
+            if key not in copies:
+                dtype = _WIDE.get(tensor.dtype, tensor.dtype) if self.wide and tensor not in gates else tensor.dtype
+                copies[key] = flat(tensor).to(dtype, copy=True)
+                if key in self.contents:
+                    copies[key].copy_(self.contents[key]())
+            tensor.data = copies[key].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+            self.original[storage_of(tensor)] = key
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for tensor, data in self._before:
+            tensor.data = data
+        self._before.clear()
+
+
+class WideInputs(TorchFunctionMode):
+    """Widens what functions are given before they look at its dtype; what they write into stays as it is.
+
+    Many of torch's functions compare the dtypes of their arguments before any operation runs.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Call one function wide."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name.startswith("__set")
+        if not (writes or "out" in kwargs or kwargs.get("inplace")):
+            args, kwargs = tree_map(_widen, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class Float64(TorchDispatchMode):
+    """Every operation computes in float64 (or complex128), whatever the dtypes of its inputs.
+
+    Numbers are widened where an operation reads them, and whatever an operation makes is wide from then on. A dtype
+    that the model asks for (``x.to(torch.bfloat16)``, autocast) is asked in vain. Only what is written into a narrower
+    tensor that was there before is rounded to it.
 
     Attributes:
         coarsest: the largest machine epsilon of the dtypes met so far.
     """
 
-    def __init__(self, values: Mapping[int, Callable[[], Tensor]] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.values = values or {}
         self.coarsest = torch.finfo(torch.float64).eps
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -57,51 +135,43 @@ class Float64(TorchDispatchMode):
     def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Called after every operation with what it was given and what it made; for subclasses."""
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One operation, its numbers widened."""
-        if is_view(func):
-            return func(*args, **kwargs)
-        if not func._schema.is_mutable:
-            args, kwargs = tree_map(self._wide, (args, kwargs))
-            return tree_map(self._wide, func(*args, **kwargs))
-        return self._write(func, args, kwargs)
-
-    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = [argument.name for argument in func._schema.arguments]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        targets = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-        dtypes = {given[name].dtype for name in targets if isinstance(given.get(name), Tensor)}
-        narrow = next((dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), None)
-
-        def fit(value: Any) -> Any:
-            wide = self._wide(value)
-            is_number = isinstance(wide, Tensor) and (wide.is_floating_point() or wide.is_complex())
-            return wide.to(narrow) if is_number and narrow is not None and wide.dtype != narrow else wide
-
-        new = {name: value if name in targets else tree_map(fit, value) for name, value in given.items()}
-        positional = [new[name] for name in names[: len(args)]]
-        return func(*positional, **{name: new[name] for name in kwargs})
-
-    def _wide(self, value: Any) -> Any:
-        if isinstance(value, torch.dtype):
-            self._met(value)
-            return _WIDE.get(value, value)
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            return value
-        self._met(value.dtype)
-        if (stand_in := self.values.get(storage_of(value))) is not None:
-            return stand_in().as_strided(value.size(), value.stride(), value.storage_offset())
-        return value.to(_WIDE.get(value.dtype, value.dtype))
-
-    def _met(self, dtype: torch.dtype) -> None:
+    def met(self, dtype: torch.dtype) -> None:
+        """Take note of a dtype that the model computes in."""
         if dtype.is_floating_point:
             self.coarsest = max(self.coarsest, torch.finfo(dtype).eps)
 
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One operation, its numbers widened."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.dtype):
+                self.met(value)
+        if is_view(func):
+            return func(*args, **kwargs)
+        if not func._schema.is_mutable:
+            args, kwargs = tree_map(_widen, (args, kwargs))
+            return tree_map(_widen, func(*args, **kwargs))
+        return _write(func, args, kwargs)
 
-_WIDE = {
-    torch.float32: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float16: torch.float64,
-    torch.complex64: torch.complex128,
-    torch.complex32: torch.complex128,
-}
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return _WIDE.get(value, value)
+    if isinstance(value, Tensor) and value.dtype in _WIDE:
+        return value.to(_WIDE[value.dtype])
+    return value
+
+
+def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation that writes into one of its arguments, whose dtype the others take."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    targets = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    dtypes = {given[name].dtype for name in targets if isinstance(given.get(name), Tensor)}
+    target = next((dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex), None)
+
+    def fit(value: Any) -> Any:
+        is_number = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        return value.to(target) if is_number and target is not None and value.dtype != target else value
+
+    new = {name: value if name in targets else tree_map(fit, value) for name, value in given.items()}
+    return func(*(new[name] for name in names[: len(args)]), **{name: new[name] for name in kwargs})

@@ -7,7 +7,7 @@ identity in the RMSNorm kind. Computed in float64, checked in float64, stored in
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Literal, cast
 
@@ -26,7 +26,7 @@ from taperlit.consumers import (
     tensors_of,
 )
 from taperlit.errors import TaperlitError
-from taperlit.float64 import Float64, storage_of
+from taperlit.float64 import Copies, Float64, WideInputs, flat, storage_of
 from taperlit.norm import Affine, Phase, TaperNorm, shared_gate
 from taperlit.structure import Scale, Structure, add_bias, explicit_scale, identity_for, replace, submodule, untie
 from taperlit.surgery import require_tapered
@@ -72,40 +72,79 @@ def fold(
     """
     norms = require_tapered(model, "fold")
     check_gate(model)
-    runs = (run, *more_runs)
+    try:
+        return _fold(model, (run, *more_runs), set(norms), tied, list(untouched))
+    except _Changed as changed:
+        guilty = [name for name in norms if _changes_alone(model, (run, *more_runs), name, tied)]
+        raise TaperlitError(
+            f"Folded into what it feeds, {' and '.join(guilty or norms)} {changed}, so nothing is folded; see that the "
+            "run gives the same each time, and leave untapered a norm that is asked for more than its output."
+        ) from changed
+
+
+class _Changed(Exception):
+    """What is not as it was with norms folded, in words."""
+
+
+class _Undone(Exception):
+    """Raised at the end of a fold that is only tried."""
+
+
+def _changes_alone(model: nn.Module, runs: tuple[Run, ...], name: str, tied: Literal["untie", "scale"]) -> bool:
+    try:
+        _fold(model, runs, {name}, tied, ["*"], undo=True)
+    except _Changed:
+        return True
+    except (TaperlitError, _Undone):
+        pass
+    return False
+
+
+def _fold(
+    model: nn.Module,
+    runs: tuple[Run, ...],
+    names: set[str],
+    tied: Literal["untie", "scale"],
+    untouched: list[str],
+    undo: bool = False,
+) -> Structure:
+    """Fold the norms of some names, see :func:`fold`; the others' products are other inputs'."""
     with _restored_on_error(model):
-        plain = [_outputs(run_quietly(model, r, fused=True)) for r in runs]
         structure = Structure(identities={}, scales={}, biases={}, untied=[], difference=0.0)
+        own = [_own_outputs(model, run) for run in runs]
         watch, before = _watch(model, runs)
-        feeds = resolve(watch)
+        kept = watch.norms.keys() - names
+        feeds = resolve(watch, kept)
         _require_numbers(before)
-        scaled = [name for name, feed in feeds.items() if feed.shared and tied == "scale"]
+        scaled = {name for name in names if feeds[name].shared and tied == "scale"}
         if tied == "untie" and _untie(model, feeds, structure):
             watch, before = _watch(model, runs)
-        feeds = resolve(watch, scaled)
+        feeds = resolve(watch, kept | scaled)
         if _add_biases(model, watch, feeds, structure):
             watch, before = _watch(model, runs)
-            feeds = resolve(watch, scaled)
-        for name in norms:
-            if name not in scaled:
+            feeds = resolve(watch, kept | scaled)
+        for name in watch.norms:
+            if name in names - scaled:
                 _check_foldable(watch, name, feeds[name])
-        _check_touched(model, watch, feeds, list(untouched))
+        _check_touched(watch, feeds, untouched)
         folded = _Folded(watch, feeds)
-        for name, norm in norms.items():
+        for name, norm in watch.norms.items():
             if name in scaled:
                 structure["scales"][name] = folded.keep_scale(model, name, norm)
-            else:
+            elif name in names:
                 weights = [watch.name_of(product.weight, product.module) for product in feeds[name].products]
                 structure["identities"][name] = list(dict.fromkeys(weights))
                 replace(model, name, identity_for(norm))
         with folded.stored():
-            structure["difference"] = _prove(model, runs, before, folded)
+            structure["difference"] = max(
+                _difference(old, partial(_wide_outputs, model, run, folded.contents), TOLERANCE, "float64")
+                for run, old in zip(runs, before, strict=True)
+            )
             rounding = 3 * math.sqrt(watch.coarsest)
-            if (difference := max(_difference(model, r, old) for r, old in zip(runs, plain, strict=True))) > rounding:
-                raise TaperlitError(
-                    f"Folding changes the output of {type(model).__name__} by {difference:.1e} (relative) in its own "
-                    f"precision, more than its rounding of {rounding:.1e}, so it is not done; fold it in float32."
-                )
+            for run, old in zip(runs, own, strict=True):
+                _difference(old, partial(_own_outputs, model, run), rounding, "its own precision")
+            if undo:
+                raise _Undone
     return structure
 
 
@@ -192,7 +231,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
     """Whatever is raised inside, the model's modules, parameters and attributes are then as they were."""
     tables = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-    states = [(m, dict(vars(m)), {table: dict(vars(m)[table]) for table in tables}) for m in model.modules()]
+    states = [(m, dict(vars(m)), {t: dict(vars(m)[t]) for t in tables if t in vars(m)}) for m in model.modules()]
     try:
         yield
     except BaseException:
@@ -205,24 +244,39 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _outputs(result: object) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors_of(result) if not tensor.is_meta]
+def _outputs(
+    model: nn.Module, run: Run, contexts: Callable[[], list[AbstractContextManager[object]]], fused: bool = False
+) -> tuple[object, list[Tensor]]:
+    """What a run returns, and the tensors in it. Gradients are off, unless the run cannot do without them."""
+    for gradients in (torch.no_grad(), torch.enable_grad()):
+        try:
+            result = run_quietly(model, run, *contexts(), gradients, fused=fused)
+        except TaperlitError:
+            raise
+        except Exception:  # whatever a stranger's forward raises
+            if isinstance(gradients, torch.enable_grad):
+                raise
+        else:
+            return result, [tensor.detach().clone() for tensor in tensors_of(result) if not tensor.is_meta]
+    raise AssertionError("unreachable")
 
 
-def _require_numbers(outputs: Iterable[list[Tensor]]) -> None:
-    for tensors in outputs:
-        numbers = [t for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())]
-        if not any(bool(t.isfinite().any()) for t in numbers):
-            raise TaperlitError(
-                "A run returned no finite numbers to check the folding with; let it return the model's output."
-            )
+def _own_outputs(model: nn.Module, run: Run) -> list[Tensor]:
+    """A run's outputs in the model's own precision, by whichever path of torch's it would take."""
+    return _outputs(model, run, lambda: [Copies(model, wide=False)], fused=True)[1]
+
+
+def _wide_outputs(model: nn.Module, run: Run, contents: dict[int, Callable[[], Tensor]]) -> list[Tensor]:
+    """A run's outputs in float64, of the folded weights as they are before they are rounded."""
+    return _outputs(model, run, lambda: [Copies(model, True, contents), WideInputs(), Float64()])[1]
 
 
 def _watch(model: nn.Module, runs: Iterable[Run]) -> tuple[Watch, list[list[Tensor]]]:
+    """Watch the runs in float64, and keep their outputs."""
     watch, outputs = Watch(model), []
     for run in runs:
         try:
-            result = run_quietly(model, run, watch.watching())
+            result, tensors = _outputs(model, run, lambda: [watch.watching()])
         except TaperlitError:
             raise
         except Exception as error:  # whatever a stranger's forward raises
@@ -231,44 +285,41 @@ def _watch(model: nn.Module, runs: Iterable[Run]) -> tuple[Watch, list[list[Tens
                 "model's plain path, without kernels of its own."
             ) from error
         watch.returned(result)
-        outputs.append(_outputs(result))
+        outputs.append(tensors)
     return watch, outputs
 
 
-def _prove(model: nn.Module, runs: Iterable[Run], before: Iterable[list[Tensor]], folded: "_Folded") -> float:
-    """The largest difference of the folded model's outputs from those before, in float64.
+def _require_numbers(outputs: Iterable[list[Tensor]]) -> None:
+    for tensors in outputs:
+        if not any(bool(t.isfinite().any()) for t in tensors if t.numel() and _is_number(t)):
+            raise TaperlitError(
+                "A run returned no finite numbers to check the folding with; let it return the model's output."
+            )
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _difference(old: list[Tensor], outputs: Callable[[], list[Tensor]], tolerance: float, where: str) -> float:
+    """Largest relative difference of outputs from the old ones.
 
     Raises:
-        TaperlitError: it is more.
+        _Changed: it is above the tolerance, or there are no such outputs any more.
     """
-    largest = 0.0
-    for run, old in zip(runs, before, strict=True):
-        largest = max(largest, _difference(model, run, old, Float64(folded.values)))
-    if largest > TOLERANCE:
-        raise TaperlitError(
-            f"Folding changes the output of {type(model).__name__} by {largest:.1e} (relative, in float64), so it is "
-            "not done; see that the run gives the same each time, and that only the forward pass uses the norms."
-        )
-    return largest
-
-
-def _difference(model: nn.Module, run: Run, old: list[Tensor], wide: Float64 | None = None) -> float:
-    """Largest relative difference of a run's outputs from the old ones, now that the model is folded."""
     try:
-        result = run_quietly(model, run, wide) if wide is not None else run_quietly(model, run, fused=True)
-        new = _outputs(result)
+        new = outputs()
     except Exception as error:  # whatever a stranger's forward raises
-        raise TaperlitError(
-            f"Folded, {type(model).__name__} does not run any more ({_line(error)}), so it is not done; "
-            "leave untapered the norms of which its forward asks more than their output."
-        ) from error
-    if len(new) != len(old):
-        return math.inf
-    exact = [wide is not None and not (a.is_floating_point() or a.is_complex()) for a in old]
-    if any(same and not torch.equal(a, b) for a, b, same in zip(old, new, exact, strict=True)):
-        return math.inf
-    pairs = [(a, b) for a, b in zip(old, new, strict=True) if a.is_floating_point() or a.is_complex()]
-    return max(largest_difference(a, b) for a, b in pairs)
+        raise _Changed(f"leaves a model that does not run ({_line(error)})") from error
+    difference = 0.0 if len(new) == len(old) else math.inf
+    for a, b in zip(old, new, strict=False):
+        if _is_number(a):
+            difference = max(difference, largest_difference(a, b))
+        elif where == "float64" and not torch.equal(a, b):  # rounding may move what was compared or counted
+            difference = math.inf
+    if not difference <= tolerance:
+        raise _Changed(f"changes the output by {difference:.1e} (relative, in {where})")
+    return difference
 
 
 def _line(error: Exception) -> str:
@@ -327,7 +378,7 @@ def _check_foldable(watch: Watch, name: str, feed: Feeds) -> None:
             )
 
 
-def _check_touched(model: nn.Module, watch: Watch, feeds: dict[str, Feeds], patterns: list[str]) -> None:
+def _check_touched(watch: Watch, feeds: dict[str, Feeds], patterns: list[str]) -> None:
     """Refuse parameters that no run used: a norm may feed them."""
     elements = [read.elements for read in watch.reads]
     elements += [e for p in watch.products for e in (p.weight, p.bias) if e is not None]
@@ -367,11 +418,10 @@ class _Folded:
         changed = {p.weight.storage for p in self.products}
         changed |= {p.bias.storage for p in self.products if p.bias is not None and watch.has_bias(p)}
         self.old = {storage: self._flat(storage).clone() for storage in changed}
-        self.values: dict[int, Callable[[], Tensor]] = {s: partial(self.new, s) for s in changed}
+        self.contents: dict[int, Callable[[], Tensor]] = {s: partial(self.new, s) for s in changed}
 
     def _flat(self, storage: int) -> Tensor:
-        _, parameter = self.watch.parameters[storage][0]
-        return parameter.detach().as_strided((self.watch.size_of(storage),), (1,), 0)
+        return flat(self.watch.parameters[storage][0][1])
 
     def new(self, storage: int) -> Tensor:
         """What a parameter's storage is to hold: flat float64."""
@@ -441,6 +491,6 @@ class _Folded:
         for parameter, value in ((module.weight, gain), (module.bias, bias)):
             if parameter is not None and value is not None:
                 parameter.copy_(value.view(parameter.shape))
-                self.values[storage_of(parameter)] = partial(cast, Tensor, value)
+                self.contents[storage_of(parameter)] = partial(cast, Tensor, value)
         replace(model, name, module)
         return scale
