@@ -80,6 +80,19 @@ class Elements:
 
 
 @dataclass(eq=False)
+class Bias:
+    """What was added to a product's result.
+
+    Args:
+        elements: (n,) of a parameter.
+        columns: (n,) which of the product's ``batch * O`` columns each was added to.
+    """
+
+    elements: Elements
+    columns: Tensor
+
+
+@dataclass(eq=False)
 class Part:
     """What one norm contributes to a product.
 
@@ -110,13 +123,13 @@ class Product:
         module: name of the module whose forward ran it.
         weight: (batch, K, O) elements.
         parts: one per norm.
-        bias: (batch, O) elements of the parameter that was added to the result, or None.
+        bias: the parameter that was added to the result, or None.
     """
 
     module: str
     weight: Elements
     parts: list[Part]
-    bias: Elements | None = None
+    bias: Bias | None = None
 
     def same_weight(self, other: "Product") -> bool:
         """Whether it scales the same elements in the same way."""
@@ -142,7 +155,7 @@ class Feeds:
     Args:
         products: with parameters.
         others: what cannot absorb the norm, in words.
-        shared: names of matrices that other inputs use too, and whether a copy of its own would make each foldable.
+        shared: names of matrices and biases that others use too, and whether a copy of its own would mend each.
     """
 
     products: list[Product] = field(default_factory=list)
@@ -339,6 +352,8 @@ class Watch(Float64):
             return
         if operation in _PRODUCTS:
             self._product(operation, args, kwargs, out)
+        elif operation == "mul" and isinstance(args[1], int | float) and args[1] == 1:  # vmap's bias
+            self._set_labels(out, cast(Tensor, self._labels_of(args[0])))
         elif operation in _MOVES and not any(isinstance(value, float) for value in args[:3]):
             self._move(func, args, kwargs, out)
         elif operation == "copy_":
@@ -462,17 +477,26 @@ class Watch(Float64):
             self.reads.append(Read(self._module(), Elements(weight.storage, tuple(mine.shape), (), 0, mine)))
         return Product(self._module(), weight, parts), ""
 
-    def _bias(self, bias: Tensor, out: Tensor, result: Tensor, transposed: bool) -> Elements | None:
-        """The (batch, O) elements of a parameter that were added to every row of a product, if they were."""
+    def _bias(self, bias: Tensor, out: Tensor, result: Tensor, transposed: bool) -> Bias | None:
+        """The elements of a parameter that were added to a product's result as it was made, if they were."""
         labels = self._labels_of(bias)
         if labels is None:
             return None
         labels = labels.expand(out.shape)
-        rows = labels.mT if transposed and labels.dim() > 1 else labels
-        rows = rows.reshape(result.shape)
-        if not result.shape[1] or not bool((rows == rows[:, :1]).all()):
+        rows = (labels.mT if transposed and labels.dim() > 1 else labels).reshape(result.shape)
+        if bias.dim() == 1 and not transposed:
+            rows = rows[:, :1]  # the same for every row
+        columns = torch.arange(result.shape[0] * result.shape[2], device=rows.device)
+        columns = columns.view(result.shape[0], 1, result.shape[2]).expand(rows.shape)
+        return self._pair(columns, rows, len(columns) * columns.shape[2])
+
+    def _pair(self, columns: Tensor, labels: Tensor, count: int) -> Bias | None:
+        """What was added to which of a product's columns, if a parameter's elements were added to each."""
+        pairs = torch.stack((columns.flatten(), labels.flatten())).unique(dim=1)
+        elements = self._elements(pairs[1])
+        if elements is None or len(pairs[0].unique()) != count:
             return None
-        return self._elements(rows[:, 0])
+        return Bias(elements, pairs[0].cpu())
 
     def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Whether it adds a parameter to a product's result, as its bias."""
@@ -483,17 +507,12 @@ class Watch(Float64):
             sources = self._sources_in(labels)
             if len(sources) != 1 or not isinstance(product := sources[0], Product) or found is None:
                 continue
-            if product.bias is not None or result.shape != out.shape:
-                continue
-            columns, given = cast(Tensor, labels).flatten() & _INDEX, found.expand(out.shape).flatten()
-            table = torch.full((int(columns.max()) + 1,), -1, device=given.device)
-            table[columns] = given
-            batch, _, width = product.weight.size
-            if len(table) != batch * width or bool((table < 0).any()) or not torch.equal(table[columns], given):
-                continue
-            product.bias = self._elements(table.view(batch, width))
-            if product.bias is not None:
-                return True
+            if product.bias is None and result.shape == out.shape:
+                batch, _, width = product.weight.size
+                columns = cast(Tensor, labels) & _INDEX
+                product.bias = self._pair(columns, found.expand(out.shape), batch * width)
+                if product.bias is not None:
+                    return True
         return False
 
 
@@ -579,7 +598,9 @@ def resolve(watch: Watch, scaled: Iterable[str] = ()) -> dict[str, Feeds]:
     for product in products:
         for part in product.parts:
             feeds[part.norm].products.append(product)
-    for storage in {p.weight.storage for p in products} | {p.bias.storage for p in products if p.bias is not None}:
+    for storage in {p.weight.storage for p in products} | {
+        p.bias.elements.storage for p in products if p.bias is not None
+    }:
         _find_conflicts(watch, storage, products, [read for read in reads if read.elements.storage == storage], feeds)
     return feeds
 
@@ -600,7 +621,7 @@ def _find_conflicts(
                 clashes |= {number, other}
         users[index] = number
     names = [name for name, _ in watch.parameters[storage]]
-    for number, (product, elements, twins) in enumerate(roles, start=2):
+    for number, (product, _, twins) in enumerate(roles, start=2):
         if number not in clashes:
             continue
         holders = {twin.module for twin in twins}
@@ -608,20 +629,18 @@ def _find_conflicts(
         rivals |= {twin.module for n, (_, _, ts) in enumerate(roles, start=2) if n != number for twin in ts}
         own = [name for name in names if name.rpartition(".")[0] in holders]
         separable = (
-            elements is product.weight
-            and len({id(p) for _, p in watch.parameters[storage]}) == 1
+            len({id(p) for _, p in watch.parameters[storage]}) == 1
             and holders <= {name.rpartition(".")[0] for name in own}
             and not holders & rivals
         )
         for part in product.parts:
-            if elements is product.weight:
-                feeds[part.norm].shared.update(dict.fromkeys(own if separable else names[:1], separable))
-            else:
-                feeds[part.norm].others.append(f"a product whose bias {names[0]} is read elsewhere too")
+            feeds[part.norm].shared.update(dict.fromkeys(own if separable else names[:1], separable))
 
 
 def _same_bias(a: Product, b: Product) -> bool:
-    return a.same_weight(b) and a.bias is not None and b.bias is not None and a.bias.same(b.bias)
+    if a.bias is None or b.bias is None or not a.same_weight(b):
+        return False
+    return a.bias.elements.same(b.bias.elements) and torch.equal(a.bias.columns, b.bias.columns)
 
 
 def own_index(product: Product, elements: Elements) -> Tensor:
@@ -642,13 +661,14 @@ def roles_in(
     """
     roles: list[tuple[Product, Elements, list[Product]]] = []
     for product in products:
-        for elements, alike in ((product.weight, Product.same_weight), (product.bias, _same_bias)):
-            if elements is None or elements.storage != storage:
+        wanted: list[tuple[Elements, Callable[[Product, Product], bool]]] = [(product.weight, Product.same_weight)]
+        if product.bias is not None and watch.has_bias(product):
+            wanted.append((product.bias.elements, _same_bias))
+        for elements, alike in wanted:
+            if elements.storage != storage:
                 continue
-            if elements is product.bias and not watch.has_bias(product):
-                continue  # nothing will be added to it
-            is_bias = elements is product.bias
-            twins = next((ts for p, es, ts in roles if (es is p.bias) == is_bias and alike(p, product)), None)
+            is_weight = elements is product.weight
+            twins = next((ts for p, es, ts in roles if (es is p.weight) == is_weight and alike(p, product)), None)
             if twins is not None:
                 twins.append(product)
             else:

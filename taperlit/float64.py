@@ -98,9 +98,11 @@ class WideInputs(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Call one function wide."""
         kwargs = kwargs or {}
+        if any(isinstance(value, Tensor) and value.is_nested for value in args):
+            raise NotImplementedError("a nested tensor")  # torch itself does not survive modes around these
         name = getattr(func, "__name__", "")
         writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name.startswith("__set")
-        if not (writes or "out" in kwargs or kwargs.get("inplace")):
+        if not (writes or kwargs.get("out") is not None or kwargs.get("inplace")):
             args, kwargs = tree_map(_widen, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from taperlit.consumers import (
+    Bias,
     Elements,
     Feeds,
     Part,
@@ -172,7 +173,8 @@ def rehearse(
     scales: dict[str, Tensor] = {}
 
     def note(name: str, norm: TaperNorm, x: Tensor) -> None:
-        scales[name] = x.detach().double().square().mean().sqrt()
+        if storage_of(x):  # not one of functorch's
+            scales[name] = x.detach().double().square().mean().sqrt()
 
     hooks = [
         norm.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args[0]))
@@ -257,8 +259,13 @@ def _outputs(
             if isinstance(gradients, torch.enable_grad):
                 raise
         else:
-            return result, [tensor.detach().clone() for tensor in tensors_of(result) if not tensor.is_meta]
+            return result, [_dense(tensor) for tensor in tensors_of(result) if not tensor.is_meta]
     raise AssertionError("unreachable")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _own_outputs(model: nn.Module, run: Run) -> list[Tensor]:
@@ -281,8 +288,8 @@ def _watch(model: nn.Module, runs: Iterable[Run]) -> tuple[Watch, list[list[Tens
             raise
         except Exception as error:  # whatever a stranger's forward raises
             raise TaperlitError(
-                f"The run works, but not in float64, where folding is checked ({_line(error)}); let the run use the "
-                "model's plain path, without kernels of its own."
+                f"{' and '.join(watch.norms)} cannot be folded: the run works, but not in float64, where folding is "
+                f"checked ({_line(error)}); let it use the model's plain path, on plain tensors and without own kernels."
             ) from error
         watch.returned(result)
         outputs.append(tensors)
@@ -381,7 +388,9 @@ def _check_foldable(watch: Watch, name: str, feed: Feeds) -> None:
 def _check_touched(watch: Watch, feeds: dict[str, Feeds], patterns: list[str]) -> None:
     """Refuse parameters that no run used: a norm may feed them."""
     elements = [read.elements for read in watch.reads]
-    elements += [e for p in watch.products for e in (p.weight, p.bias) if e is not None]
+    elements += [
+        e for p in watch.products for e in (p.weight, None if p.bias is None else p.bias.elements) if e is not None
+    ]
     touched: dict[int, list[Elements]] = {}
     for element in elements:
         touched.setdefault(element.storage, []).append(element)
@@ -416,7 +425,7 @@ class _Folded:
         self.maps = {name: norm.linear_map() for name, norm in watch.norms.items()}
         self.products = list({id(p): p for feed in feeds.values() for p in feed.products}.values())
         changed = {p.weight.storage for p in self.products}
-        changed |= {p.bias.storage for p in self.products if p.bias is not None and watch.has_bias(p)}
+        changed |= {p.bias.elements.storage for p in self.products if p.bias is not None and watch.has_bias(p)}
         self.old = {storage: self._flat(storage).clone() for storage in changed}
         self.contents: dict[int, Callable[[], Tensor]] = {s: partial(self.new, s) for s in changed}
 
@@ -431,8 +440,8 @@ class _Folded:
             if elements is product.weight:
                 self._scale(product, old, new)
             else:
-                index = elements.index().to(old.device)  # (batch, O)
-                self._put(new, index, old[index] + self._bias(product), product)
+                index, columns = elements.index().to(old.device), cast(Bias, product.bias).columns.to(old.device)
+                self._put(new, index, old[index] + self._bias(product).flatten()[columns], product)
         return new
 
     def _scale(self, product: Product, old: Tensor, new: Tensor) -> None:
