@@ -180,9 +180,12 @@ def rehearse(
         norm.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args[0]))
         for name, norm in norms.items()
     ]
-    run_quietly(model, run)
-    for hook in hooks:
-        hook.remove()
+    try:
+        for r in (run, *more_runs):
+            _own_outputs(model, r)
+    finally:
+        for hook in hooks:
+            hook.remove()
     with torch.no_grad():
         for name, norm in norms.items():
             # Small, so that an untrained model's residual stream stays of its size without the norms.
@@ -288,8 +291,8 @@ def _watch(model: nn.Module, runs: Iterable[Run]) -> tuple[Watch, list[list[Tens
             raise
         except Exception as error:  # whatever a stranger's forward raises
             raise TaperlitError(
-                f"{' and '.join(watch.norms)} cannot be folded: the run works, but not in float64, where folding is "
-                f"checked ({_line(error)}); let it use the model's plain path, on plain tensors and without own kernels."
+                f"{' and '.join(watch.norms)} cannot be folded: the run works, but not in float64, where that is checked "
+                f"({_line(error)}); let it take the model's plain path, without tensors or kernels of its own kind."
             ) from error
         watch.returned(result)
         outputs.append(tensors)
