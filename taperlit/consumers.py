@@ -10,6 +10,7 @@ absorb a norm.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -69,6 +70,20 @@ class Elements:
             shape[axis] = size
             index = index + (torch.arange(size) * stride).view(shape)
         return index
+
+    @property
+    def first(self) -> int:
+        """The smallest of their indices."""
+        return self.offset if self.explicit is None else int(self.explicit.min())
+
+    def view(self, content: Tensor) -> Tensor | None:
+        """Them in a flat storage's content, to read and to write; None where no view shows each of them once."""
+        reach = 1
+        for stride, size in sorted(zip(self.stride, self.size, strict=False)):
+            if size > 1 and stride < reach:
+                return None
+            reach = max(reach, stride * size)
+        return None if self.explicit is not None else content.as_strided(self.size, self.stride, self.offset)
 
     def same(self, other: "Elements") -> bool:
         """Whether they are the same, in the same order."""
@@ -130,6 +145,11 @@ class Product:
     weight: Elements
     parts: list[Part]
     bias: Bias | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether one norm's features stand at every position."""
+        return len(self.parts) == 1 and bool(self.parts[0].where.all())
 
     def same_weight(self, other: "Product") -> bool:
         """Whether it scales the same elements in the same way."""
@@ -223,7 +243,7 @@ class Watch(Float64):
     def name_of(self, elements: Elements, module: str) -> str:
         """The name of the parameter that elements are of: the one that a module holds, if it has several."""
         names = [name for name, _ in self.parameters[elements.storage]]
-        first = int(elements.index().min())
+        first = elements.first
         there = [
             name
             for name, p in self.parameters[elements.storage]
@@ -267,11 +287,13 @@ class Watch(Float64):
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         self._stack.pop()
 
-    def returned(self, result: object) -> None:
-        """Tell it what a run returned: a norm's output among that is read by whoever ran the model."""
+    def returned(self, run: Callable[[], object]) -> object:
+        """Run, inside :meth:`watching`: a norm's output among what is returned is read by whoever ran the model."""
+        result = run()
         for tensor in tensors_of(result):
             for name in self._norms_in(self._labels_of(tensor)):
                 self.others[name].append("the model's output")
+        return result
 
     def _follow(self, name: str, output: Tensor) -> None:
         self.ran.add(name)
@@ -542,7 +564,7 @@ def find_consumers(model: nn.Module, *runs: Callable[[], object]) -> dict[str, F
     """
     watch = Watch(model)
     for run in runs:
-        watch.returned(run_quietly(model, run, watch.watching()))
+        run_quietly(model, partial(watch.returned, run), watch.watching())
     return resolve(watch)
 
 
@@ -611,15 +633,15 @@ def _find_conflicts(
     """Find elements of one storage that two things use that would need them changed differently."""
     users = torch.zeros(watch.size_of(storage), dtype=torch.int32)  # per element: 0 nobody, 1 a read, else a role
     for read in reads:
-        users[read.elements.index()] = 1
+        _mark(users, read.elements, 1)
     roles = list(roles_in(watch, storage, products))
     clashes: set[int] = set()
     for number, (product, elements, _) in enumerate(roles, start=2):
-        index = own_index(product, elements)
-        for other in users[index].unique().tolist():
-            if other:
-                clashes |= {number, other}
-        users[index] = number
+        if elements is product.weight and not product.whole:
+            index = elements.index()[torch.stack([part.where for part in product.parts]).any(0)]
+            elements = Elements(storage, tuple(index.shape), (), 0, index)
+        for other in _mark(users, elements, number):
+            clashes |= {number, other}
     names = [name for name, _ in watch.parameters[storage]]
     for number, (product, _, twins) in enumerate(roles, start=2):
         if number not in clashes:
@@ -643,12 +665,15 @@ def _same_bias(a: Product, b: Product) -> bool:
     return a.bias.elements.same(b.bias.elements) and torch.equal(a.bias.columns, b.bias.columns)
 
 
-def own_index(product: Product, elements: Elements) -> Tensor:
-    """The indices of a product's weight at its norms' positions, or of its bias."""
-    index = elements.index()
-    if elements is product.weight:
-        return index[torch.stack([part.where for part in product.parts]).any(0)]
-    return index
+def _mark(users: Tensor, elements: Elements, number: int) -> list[int]:
+    """Write a number over elements, and return the numbers that were there."""
+    view = elements.view(users)
+    before = users[elements.index()] if view is None else view.clone()
+    if view is None:
+        users[elements.index()] = number
+    else:
+        view.fill_(number)
+    return [other for other in before.unique().tolist() if other] if bool(before.any()) else []
 
 
 def roles_in(

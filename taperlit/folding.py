@@ -286,15 +286,14 @@ def _watch(model: nn.Module, runs: Iterable[Run]) -> tuple[Watch, list[list[Tens
     watch, outputs = Watch(model), []
     for run in runs:
         try:
-            result, tensors = _outputs(model, run, lambda: [watch.watching()])
+            tensors = _outputs(model, partial(watch.returned, run), lambda: [watch.watching()])[1]
         except TaperlitError:
             raise
         except Exception as error:  # whatever a stranger's forward raises
             raise TaperlitError(
-                f"{' and '.join(watch.norms)} cannot be folded: the run works, but not in float64, where that is checked "
-                f"({_line(error)}); let it take the model's plain path, without tensors or kernels of its own kind."
+                f"{' and '.join(watch.norms)} cannot be folded: the run works, but not in float64, where folding is "
+                f"checked ({_line(error)}); let it take the model's plain path, without kernels of its own."
             ) from error
-        watch.returned(result)
         outputs.append(tensors)
     return watch, outputs
 
@@ -409,7 +408,11 @@ def _check_touched(watch: Watch, feeds: dict[str, Feeds], patterns: list[str]) -
         elif storage in absorbing:
             used = torch.zeros(watch.size_of(storage), dtype=torch.bool)
             for element in touched[storage]:
-                used[element.index()] = True
+                view = element.view(used)
+                if view is None:
+                    used[element.index()] = True
+                else:
+                    view.fill_(True)
             if not bool(used.all()):
                 missing.append(f"part of {name}")
     if missing:
@@ -448,6 +451,13 @@ class _Folded:
         return new
 
     def _scale(self, product: Product, old: Tensor, new: Tensor) -> None:
+        if product.whole and (target := product.weight.view(new)) is not None:
+            part = product.parts[0]
+            gain, _ = self.maps[part.norm]
+            target.mul_(gain[part.features.to(new.device)][:, :, None])  # (batch, K, O)
+            if self.watch.norms[part.norm].centred:
+                target.sub_(target.mean(1, keepdim=True))
+            return
         for part in product.parts:
             gain, _ = self.maps[part.norm]
             for index, features in self._matrices(product.weight, part, old.device):
@@ -465,6 +475,9 @@ class _Folded:
     def _bias(self, product: Product) -> Tensor:
         """``beta~ W``: (batch, O) float64."""
         old = self.old[product.weight.storage]
+        if product.whole and (weight := product.weight.view(old)) is not None:
+            part = product.parts[0]
+            return torch.einsum("bk,bko->bo", cast(Tensor, self.maps[part.norm][1])[part.features], weight.double())
         rows = []
         for part in product.parts:
             _, bias = self.maps[part.norm]
@@ -476,7 +489,9 @@ class _Folded:
 
     def _put(self, new: Tensor, index: Tensor, values: Tensor, product: Product) -> None:
         new[index] = values
-        if not torch.allclose(new[index], values, rtol=1e-12, atol=0.0):  # an element that is used twice
+        if not torch.equal(new[index], values) and not torch.allclose(
+            new[index], values, rtol=1e-12, atol=0.0
+        ):  # an element that is used twice
             name = self.watch.name_of(product.weight, product.module)
             raise TaperlitError(
                 f"{product.parts[0].norm} feeds {name}, which uses one number for several features, so it cannot be "

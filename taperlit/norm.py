@@ -190,12 +190,12 @@ class TaperNorm(Float32State):
         alignment: ``c``, 0-d float32; 1 until it is frozen.
         alignment_ema: (3,) float32 moving averages of ``||h D||^2 / r``, ``||h D||^2`` and 1; the third corrects the
             bias of the first two.
-        frozen: 0-d bool: :meth:`freeze` has run.
+        frozen: 0-d float32: 1 once :meth:`freeze` has run, else 0. (Averages of weights take no booleans.)
         pending: (3,) float32 sums over the micro-batches since the last update. A plain tensor, not a buffer: DDP
             copies rank 0's buffers over the other ranks' before every forward, which would lose their statistics.
     """
 
-    float32_state = ("alignment", "alignment_ema", "pending")
+    float32_state = ("alignment", "alignment_ema", "frozen", "pending")
     taper_weight: nn.Parameter | None
     taper_bias: nn.Parameter | None
     alignment: Tensor
@@ -213,10 +213,10 @@ class TaperNorm(Float32State):
             self.register_parameter(name, twin)
         self.register_buffer("alignment", torch.ones((), dtype=torch.float32, device=device))
         self.register_buffer("alignment_ema", torch.zeros(3, dtype=torch.float32, device=device))
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool, device=device))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.float32, device=device))
         self.pending = torch.zeros(3, dtype=torch.float32, device=device)
         # A child of owner and borrowers alike, so that torch.compile makes one graph for both.
-        self.gate = Gate(device) if gate is None else gate
+        self.gate = Gate(device).train(self.training) if gate is None else gate
         self.owns_gate = gate is None
         if isinstance(self, nn.LayerNorm):
             self.register_forward_pre_hook(call_me)
@@ -267,6 +267,9 @@ class TaperNorm(Float32State):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., *shape) to the same shape: by the norm itself, by a blend, or by the linear map."""
+        if x.is_nested:
+            parts = [self.forward(part) for part in x.unbind()]
+            return torch.nested.as_nested_tensor(parts, layout=x.layout)
         phase = self.gate.phase
         if phase is Phase.LINEAR:
             y = self._linear(x)
@@ -349,7 +352,7 @@ class TaperNorm(Float32State):
     def alignment_estimate(self) -> Tensor:
         """``c``: the frozen one, or before the boundary what it would be by the statistics so far. 0-d float32."""
         numerator, denominator, weight = self.alignment_ema
-        return torch.where(self.frozen | (weight == 0), self.alignment, numerator / denominator)
+        return torch.where((self.frozen > 0) | (weight == 0), self.alignment, numerator / denominator)
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -367,7 +370,7 @@ class TaperNorm(Float32State):
             )
         self.alignment.fill_(c)
         self._copy_affine()
-        self.frozen.fill_(True)
+        self.frozen.fill_(1.0)
 
     @torch.no_grad()
     def linear_map(self) -> tuple[Tensor, Tensor | None]:

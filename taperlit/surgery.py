@@ -78,7 +78,7 @@ def taper(
     gate = shared_gate(model)
     if kinds and gate is not None and gate.phase is not Phase.NORMALIZE:
         raise TaperlitError(
-            f"The gate of the norms that are tapered already is {gate.value.item():.6g}; {next(iter(kinds.values()))} "
+            f"The gate of the norms that are tapered already is {gate.value.item():.6g}; {matching[next(iter(kinds))]} "
             "would jump there. Taper all norms while the gate is 1."
         )
     if unknown:
@@ -91,7 +91,7 @@ def taper(
         if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, TaperNorm) for m in encoder.modules()):
             # It would hand its layers a nested tensor, which only their fused path takes; a TaperNorm turns that off.
             encoder.use_nested_tensor = False
-    _join(optimizers, [cast(TaperNorm, module) for module in kinds])
+    _join(optimizers, [*tapered, *(cast(TaperNorm, module) for module in kinds)])
     return [matching[module] for module in kinds]
 
 
@@ -107,7 +107,8 @@ def _join(optimizers: Iterable[torch.optim.Optimizer], norms: list[TaperNorm]) -
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for own, twin in _twins(norms):
         for group in groups:
-            if any(parameter is own for parameter in group["params"]):
+            held = {id(parameter) for parameter in group["params"]}
+            if id(own) in held and id(twin) not in held:
                 group["params"].append(twin)
 
 
@@ -144,7 +145,8 @@ class _NotANorm(Exception):
 
 def _is_called_norm(module: nn.Module) -> bool:
     names = (cls.__name__.lower() for cls in type(module).__mro__)
-    return not list(module.children()) and any("norm" in name.removeprefix("_") for name in names)
+    # A module of modules is only called after the norm within, unless it has parameters of its own.
+    return bool(module._parameters or not module._modules) and any("norm" in name.removeprefix("_") for name in names)
 
 
 @torch.no_grad()
@@ -159,6 +161,8 @@ def recognise(module: nn.Module) -> NormKind:
     """
     if isinstance(module, _NormBase | nn.GroupNorm | nn.LocalResponseNorm | nn.CrossMapLRN2d):
         raise _NotANorm("its statistics are not one token's")
+    if module._modules:
+        raise _NotANorm(f"it has a module of its own, {next(iter(module._modules))}")
     if "forward" in module.__dict__:
         raise _NotANorm("its forward was replaced on the instance")
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -186,7 +190,7 @@ def _random_copy(module: nn.Module) -> nn.Module:
     probe._parameters = {
         name: None
         if p is None
-        else nn.Parameter(torch.rand(p.shape, generator=generator, dtype=torch.float64) + 0.5, requires_grad=False)
+        else nn.Parameter(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 2, requires_grad=False)
         for name, p in module._parameters.items()
     }
     probe._buffers = {
@@ -226,4 +230,5 @@ def _match(probe: nn.Module, shape: tuple[int, ...], has_weight: bool, has_bias:
 def _infer_eps(scaled: Tensor, square: Tensor, output: Tensor) -> float:
     """The epsilon that the output speaks of, to the digits that float32 leaves."""
     eps = ((scaled / output).square() - square).median().item()
-    return float(f"{eps:.3g}") if eps > 0 else 0.0
+    rounded = float(f"{eps:.3g}")
+    return 0.0 if eps <= 0 else rounded if abs(rounded - eps) < 1e-4 * eps else eps
