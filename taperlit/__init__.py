@@ -22,14 +22,17 @@ _HOMES = {
     "TaperLayerNorm": "taperlit.norm",
     "TaperNorm": "taperlit.norm",
     "TaperRMSNorm": "taperlit.norm",
+    "apply_structure": "taperlit.structure",
     "fold": "taperlit.folding",
     "LanguageModel": "taperlit.training.module",
     "TextDataModule": "taperlit.data",
     "Trainer": "taperlit.training.trainer",
     "Transformer": "taperlit.transformer",
     "TransformerConfig": "taperlit.transformer",
+    "load_folded": "taperlit.checkpoint.folded",
     "load_model": "taperlit.checkpoint.folded",
     "taper": "taperlit.surgery",
+    "write_folded": "taperlit.checkpoint.folded",
 }
 __all__ = [*_HOMES]
 

@@ -7,10 +7,9 @@ norm's output is written down by name. So is whatever else reads a parameter: a 
 absorb a norm.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from taperlit.errors import TaperlitError
 from taperlit.float64 import Copies, Float64, WideInputs, is_view, storage_of
 from taperlit.norm import plain_name, tapered_norms
+from taperlit.products import Bias, Elements, Part, Product, Read
 
 _SHIFT = 40  # a label is a source's number, shifted, plus the index within the source; 0 is no label
 _INDEX = (1 << _SHIFT) - 1
@@ -40,147 +39,6 @@ _NO_READ = {
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
     "new_empty", "new_full", "new_empty_strided", "is_same_size",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Elements:
-    """Elements of one storage: a view's geometry or, where a copy was used, their indices.
-
-    Args:
-        storage: see :func:`taperlit.float64.storage_of`.
-        size: of the view.
-        stride: in elements.
-        offset: in elements.
-        explicit: int64 indices of shape ``size`` instead.
-    """
-
-    storage: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    explicit: Tensor | None = None
-
-    def index(self) -> Tensor:
-        """Their int64 indices in the storage, of shape ``size``."""
-        if self.explicit is not None:
-            return self.explicit
-        index = torch.tensor(self.offset)
-        for axis, (size, stride) in enumerate(zip(self.size, self.stride, strict=True)):
-            shape = [1] * len(self.size)
-            shape[axis] = size
-            index = index + (torch.arange(size) * stride).view(shape)
-        return index
-
-    @property
-    def first(self) -> int:
-        """The smallest of their indices."""
-        return self.offset if self.explicit is None else int(self.explicit.min())
-
-    def view(self, content: Tensor) -> Tensor | None:
-        """Them in a flat storage's content, to read and to write; None where no view shows each of them once."""
-        reach = 1
-        for stride, size in sorted(zip(self.stride, self.size, strict=False)):
-            if size > 1 and stride < reach:
-                return None
-            reach = max(reach, stride * size)
-        return None if self.explicit is not None else content.as_strided(self.size, self.stride, self.offset)
-
-    def same(self, other: "Elements") -> bool:
-        """Whether they are the same, in the same order."""
-        if (self.storage, self.size) != (other.storage, other.size):
-            return False
-        if self.explicit is None and other.explicit is None:
-            return (self.stride, self.offset) == (other.stride, other.offset)
-        return torch.equal(self.index(), other.index())
-
-
-@dataclass(eq=False)
-class Bias:
-    """What was added to a product's result.
-
-    Args:
-        elements: (n,) of a parameter.
-        columns: (n,) which of the product's ``batch * O`` columns each was added to.
-    """
-
-    elements: Elements
-    columns: Tensor
-
-
-@dataclass(eq=False)
-class Part:
-    """What one norm contributes to a product.
-
-    Args:
-        norm: its name.
-        where: (batch, K) bool: the positions along the summed axis that hold its features.
-        features: (batch, K) int64: which of them, at those positions.
-    """
-
-    norm: str
-    where: Tensor
-    features: Tensor
-
-    def same(self, other: "Part") -> bool:
-        """Whether both are alike."""
-        return (
-            self.norm == other.norm
-            and torch.equal(self.where, other.where)
-            and torch.equal(self.features * self.where, other.features * other.where)
-        )
-
-
-@dataclass(eq=False)
-class Product:
-    """A product of norms' outputs with a parameter's elements, as it ran.
-
-    Args:
-        module: name of the module whose forward ran it.
-        weight: (batch, K, O) elements.
-        parts: one per norm.
-        bias: the parameter that was added to the result, or None.
-    """
-
-    module: str
-    weight: Elements
-    parts: list[Part]
-    bias: Bias | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether one norm's features stand at every position."""
-        return len(self.parts) == 1 and bool(self.parts[0].where.all())
-
-    def same_weight(self, other: "Product") -> bool:
-        """Whether it scales the same elements in the same way."""
-        return (
-            len(self.parts) == len(other.parts)
-            and self.weight.same(other.weight)
-            and all(a.same(b) for a, b in zip(self.parts, other.parts, strict=True))
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """An operation that read parameters in another way than a norm's linear map does."""
-
-    module: str
-    elements: Elements
-
-
-@dataclass
-class Feeds:
-    """What one norm's output goes into.
-
-    Args:
-        products: with parameters.
-        others: what cannot absorb the norm, in words.
-        shared: names of matrices and biases that others use too, and whether a copy of its own would mend each.
-    """
-
-    products: list[Product] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    shared: dict[str, bool] = field(default_factory=dict)
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
@@ -549,25 +407,6 @@ def _as_3d(operation: str, a: Tensor, b: Tensor, out: Tensor) -> tuple[Tensor, T
     return a[None], b[None], out[None]
 
 
-def find_consumers(model: nn.Module, *runs: Callable[[], object]) -> dict[str, Feeds]:
-    """Find what every TaperNorm of a model feeds, by watching forward passes.
-
-    Args:
-        model: in any state; it is put into eval mode for the passes.
-        *runs: each runs the model once, on real or made input, and returns its output.
-
-    Returns:
-        A :class:`Feeds` per norm, by name.
-
-    Raises:
-        TaperlitError: a norm did not run.
-    """
-    watch = Watch(model)
-    for run in runs:
-        run_quietly(model, partial(watch.returned, run), watch.watching())
-    return resolve(watch)
-
-
 def run_quietly(
     model: nn.Module, run: Callable[[], object], *contexts: AbstractContextManager[object], fused: bool = False
 ) -> object:
@@ -597,105 +436,3 @@ def run_quietly(
 def _set_modes(modes: dict[nn.Module, bool]) -> None:
     for module, training in modes.items():
         module.training = training
-
-
-def resolve(watch: Watch, scaled: Iterable[str] = ()) -> dict[str, Feeds]:
-    """What every norm feeds, by what a watch saw; a matrix that other inputs use too is found here.
-
-    Args:
-        watch: after its runs.
-        scaled: names of norms that stay as explicit scales: their products are other inputs' too.
-
-    Raises:
-        TaperlitError: a norm did not run.
-    """
-    feeds = {name: Feeds(others=list(dict.fromkeys(watch.others[name]))) for name in watch.norms}
-    for name in watch.norms:
-        if name not in watch.ran:
-            raise TaperlitError(
-                f"{name} did not run in the forward pass, so what it feeds is unknown; it cannot be folded."
-            )
-    products = [p for p in watch.products if not any(part.norm in scaled for part in p.parts)]
-    reads = watch.reads + [Read(p.module, p.weight) for p in watch.products if p not in products]
-    for product in products:
-        for part in product.parts:
-            feeds[part.norm].products.append(product)
-    for storage in {p.weight.storage for p in products} | {
-        p.bias.elements.storage for p in products if p.bias is not None
-    }:
-        _find_conflicts(watch, storage, products, [read for read in reads if read.elements.storage == storage], feeds)
-    return feeds
-
-
-def _find_conflicts(
-    watch: Watch, storage: int, products: list[Product], reads: list[Read], feeds: dict[str, Feeds]
-) -> None:
-    """Find elements of one storage that two things use that would need them changed differently."""
-    users = torch.zeros(watch.size_of(storage), dtype=torch.int32)  # per element: 0 nobody, 1 a read, else a role
-    for read in reads:
-        _mark(users, read.elements, 1)
-    roles = list(roles_in(watch, storage, products))
-    clashes: set[int] = set()
-    for number, (product, elements, _) in enumerate(roles, start=2):
-        if elements is product.weight and not product.whole:
-            index = elements.index()[torch.stack([part.where for part in product.parts]).any(0)]
-            elements = Elements(storage, tuple(index.shape), (), 0, index)
-        for other in _mark(users, elements, number):
-            clashes |= {number, other}
-    names = [name for name, _ in watch.parameters[storage]]
-    for number, (product, _, twins) in enumerate(roles, start=2):
-        if number not in clashes:
-            continue
-        holders = {twin.module for twin in twins}
-        rivals = {read.module for read in reads}
-        rivals |= {twin.module for n, (_, _, ts) in enumerate(roles, start=2) if n != number for twin in ts}
-        own = [name for name in names if name.rpartition(".")[0] in holders]
-        separable = (
-            len({id(p) for _, p in watch.parameters[storage]}) == 1
-            and holders <= {name.rpartition(".")[0] for name in own}
-            and not holders & rivals
-        )
-        for part in product.parts:
-            feeds[part.norm].shared.update(dict.fromkeys(own if separable else names[:1], separable))
-
-
-def _same_bias(a: Product, b: Product) -> bool:
-    if a.bias is None or b.bias is None or not a.same_weight(b):
-        return False
-    return a.bias.elements.same(b.bias.elements) and torch.equal(a.bias.columns, b.bias.columns)
-
-
-def _mark(users: Tensor, elements: Elements, number: int) -> list[int]:
-    """Write a number over elements, and return the numbers that were there."""
-    view = elements.view(users)
-    before = users[elements.index()] if view is None else view.clone()
-    if view is None:
-        users[elements.index()] = number
-    else:
-        view.fill_(number)
-    return [other for other in before.unique().tolist() if other] if bool(before.any()) else []
-
-
-def roles_in(
-    watch: Watch, storage: int, products: Iterable[Product]
-) -> Iterator[tuple[Product, Elements, list[Product]]]:
-    """What products want of the elements of one storage, as weights or as biases, each once.
-
-    Yields:
-        A product, its weight or its bias, and all products that want the very same of the very same elements.
-    """
-    roles: list[tuple[Product, Elements, list[Product]]] = []
-    for product in products:
-        wanted: list[tuple[Elements, Callable[[Product, Product], bool]]] = [(product.weight, Product.same_weight)]
-        if product.bias is not None and watch.has_bias(product):
-            wanted.append((product.bias.elements, _same_bias))
-        for elements, alike in wanted:
-            if elements.storage != storage:
-                continue
-            is_weight = elements is product.weight
-            twins = next((ts for p, es, ts in roles if (es is p.weight) == is_weight and alike(p, product)), None)
-            if twins is not None:
-                twins.append(product)
-            else:
-                roles.append((product, elements, [product]))
-    yield from roles

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from taperlit.consumers import find_consumers
+from taperlit.conflicts import find_consumers
 from taperlit.errors import TaperlitError
 from taperlit.norm import shared_gate
 from taperlit.surgery import taper

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from taperlit.compare import largest_difference
 from taperlit.errors import TaperlitError
-from taperlit.folding import fold, largest_difference, rehearse
+from taperlit.folding import fold, rehearse
 from taperlit.norm import TaperNorm, shared_gate, tapered_norms
 from taperlit.structure import apply_structure
 from taperlit.surgery import taper

@@ -11,8 +11,8 @@ import torch
 from traces import scalars
 
 from taperlit.bench import compare_decoding
-from taperlit.checkpoint.folded import load_checkpoint, load_folded
-from taperlit.folding import largest_difference
+from taperlit.checkpoint.folded import load_checkpoint, load_model
+from taperlit.compare import largest_difference
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     logged = scalars(args.run)
     unfolded = load_checkpoint(args.run / "checkpoints/last.ckpt")
-    folded = load_folded(args.folded)
+    folded = load_model(args.folded)
     tokens = unfolded.sample[:, :-1].long()
     difference = largest_difference(unfolded.model(tokens), folded.model(tokens))
     losses = ", ".join(f"{loss:.3f} (step {step + 1})" for step, loss in logged["val/loss"])

@@ -1,0 +1,108 @@
+"""Run a model in its own precision and in float64, and compare what it returns."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from taperlit.consumers import run_quietly, tensors_of
+from taperlit.errors import TaperlitError
+from taperlit.float64 import Copies, Float64, WideInputs
+
+Run = Callable[[], object]
+
+
+class Changed(Exception):
+    """What is not as it was with norms folded, in words."""
+
+
+def outputs_of(
+    model: nn.Module, run: Run, contexts: Callable[[], list[AbstractContextManager[object]]], fused: bool = False
+) -> tuple[object, list[Tensor]]:
+    """What a run returns, and the tensors in it. Gradients are off, unless the run cannot do without them."""
+    for gradients in (torch.no_grad(), torch.enable_grad()):
+        try:
+            result = run_quietly(model, run, *contexts(), gradients, fused=fused)
+        except TaperlitError:
+            raise
+        except Exception:  # whatever a stranger's forward raises
+            if isinstance(gradients, torch.enable_grad):
+                raise
+        else:
+            return result, [_dense(tensor) for tensor in tensors_of(result) if not tensor.is_meta]
+    raise AssertionError("unreachable")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def own_outputs(model: nn.Module, run: Run) -> list[Tensor]:
+    """A run's outputs in the model's own precision, by whichever path of torch's it would take."""
+    return outputs_of(model, run, lambda: [Copies(model, wide=False)], fused=True)[1]
+
+
+def wide_outputs(model: nn.Module, run: Run, contents: dict[int, Callable[[], Tensor]]) -> list[Tensor]:
+    """A run's outputs in float64, of the folded weights as they are before they are rounded."""
+    return outputs_of(model, run, lambda: [Copies(model, True, contents), WideInputs(), Float64()])[1]
+
+
+def require_numbers(outputs: Iterable[list[Tensor]]) -> None:
+    """Refuse runs that return nothing to compare.
+
+    Raises:
+        TaperlitError: one returned no finite number.
+    """
+    for tensors in outputs:
+        if not any(bool(t.isfinite().any()) for t in tensors if t.numel() and _is_number(t)):
+            raise TaperlitError(
+                "A run returned no finite numbers to check the folding with; let it return the model's output."
+            )
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def check_same(old: list[Tensor], outputs: Callable[[], list[Tensor]], tolerance: float, where: str) -> float:
+    """Largest relative difference of outputs from the old ones.
+
+    Raises:
+        Changed: it is above the tolerance, or there are no such outputs any more.
+    """
+    try:
+        new = outputs()
+    except Exception as error:  # whatever a stranger's forward raises
+        raise Changed(f"leaves a model that does not run ({in_a_line(error)})") from error
+    difference = 0.0 if len(new) == len(old) else math.inf
+    for a, b in zip(old, new, strict=False):
+        if _is_number(a):
+            difference = max(difference, largest_difference(a, b))
+        elif where == "float64" and not torch.equal(a, b):  # rounding may move what was compared or counted
+            difference = math.inf
+    if not difference <= tolerance:
+        raise Changed(f"changes the output by {difference:.1e} (relative, in {where})")
+    return difference
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's kind and words, on one line of some length."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Largest ``|a - b|`` relative to the largest ``|a|``, in float64.
+
+    Where ``a`` is not finite ``b`` must be the same; if it is not, or the shapes differ, the result is infinite.
+    """
+    if a.shape != b.shape or not (wild := ~a.isfinite()).equal(~b.isfinite()):
+        return math.inf
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.to(wide), b.to(wide)
+    if not torch.equal(a[wild].nan_to_num(7.0), b[wild].nan_to_num(7.0)):
+        return math.inf
+    a, b = a[~wild], b[~wild]
+    return ((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() if a.numel() else 0.0
