@@ -7,7 +7,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import lightning as L
 import torch
@@ -110,7 +110,7 @@ def keep_buffers_float32(trainer: L.Trainer) -> None:
 def whole_parameters(trainer: L.Trainer) -> AbstractContextManager:
     """Parameters may be copied into each other here: FSDP1's parts of two of them need not match."""
     if isinstance(trainer.strategy, FSDPStrategy):
-        return FullyShardedDataParallel.summon_full_params(trainer.strategy.model)
+        return FullyShardedDataParallel.summon_full_params(cast(nn.Module, trainer.strategy.model))
     return nullcontext()
 
 

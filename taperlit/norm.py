@@ -43,7 +43,7 @@ class Float32State(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32State":
         before = {name: getattr(self, name) for name in self.float32_state}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name) if name in self._buffers else fn(old)
             setattr(self, name, new if new.dtype == old.dtype else old.to(new.device))
@@ -284,7 +284,7 @@ class TaperNorm(Float32State):
         if self.training and torch.is_grad_enabled():
             idle = [p for p in self.idle_parameters() if p.requires_grad]
             if idle:
-                y = cast(Tensor, _HoldIdle.apply(y, *idle))
+                y = cast(Tensor, _HoldIdle.apply(y, *idle))  # type: ignore[no-untyped-call]
         return y
 
     def idle_parameters(self) -> Iterator[nn.Parameter]:

@@ -312,7 +312,7 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         tied = self.head.weight is self.tok_embed.weight
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if tied:  # leaving the meta device makes two matrices of one
             self.head.weight = self.tok_embed.weight
         return self

@@ -52,6 +52,16 @@ def commit(partial: Path, target: Path) -> None:
         _sync(target.parent)
 
 
+def stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written anew or another takes its place: inode, size in bytes and time in ns.
+
+    Raises:
+        OSError: it is not there.
+    """
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def recover(target: Path) -> None:
     """Undo the first half of a :func:`commit` that was killed before its second."""
     old = aside(target, "old")

@@ -1,15 +1,24 @@
 """Checkpoints from disk, read without executing code."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from taperlit.checkpoint.atomic import recover
-from taperlit.checkpoint.sharded import META, check_sharded, check_zip, read_sharded
+from taperlit.checkpoint.sharded import (
+    META,
+    check_sharded,
+    check_zip,
+    read_sharded,
+    read_sharded_weights,
+    sizes_of_sharded,
+)
 from taperlit.errors import TaperlitError
 
-CHECKPOINT_FORMAT = 1  # raise it when a checkpoint's content changes so that older ones cannot be used
+CHECKPOINT_FORMAT = 2  # raise it when a checkpoint's content changes so that older ones cannot be used
 
 
 def open_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
@@ -67,6 +76,86 @@ def read_checkpoint(path: str | Path, optimizer: bool = True) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(path)
     return load_whole(path, optimizer) if Path(path).is_dir() else checkpoint
+
+
+def read_weights(
+    path: str | Path, prefix: str, dtype: torch.dtype, ties: Iterable[Sequence[str]] = ()
+) -> dict[str, Tensor]:
+    """The weights in a checkpoint that was looked into, in memory once, executing nothing.
+
+    Args:
+        path: a file, or the directory of a sharded one.
+        prefix: of the names that are wanted; it is taken off.
+        dtype: of the floating tensors, whatever they are stored in.
+        ties: names that are to have one tensor, which a sharded checkpoint holds once for each.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        TaperlitError: unreadable, something else than a tensor, or tied names whose tensors differ.
+    """
+    path = Path(path)
+    try:
+        sizes = {name: size for name, size in _sizes(path).items() if name.startswith(prefix)}
+        weights: dict[str, Tensor] = {}
+        tied = [[prefix + name for name in names if prefix + name in sizes] for names in ties]
+        for names in tied:
+            first, *others = _some(path, names)
+            if not all(torch.equal(first, other) for other in others):
+                raise TaperlitError(f"{path}: {' and '.join(names)} differ, though its config ties them; use another.")
+            weights |= dict.fromkeys(names, _own(first, dtype))
+            del first, others
+        for names in _parts({name: size for name, size in sizes.items() if name not in weights}):
+            weights |= {name: _own(tensor, dtype) for name, tensor in zip(names, _some(path, names), strict=True)}
+    except TaperlitError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """The bytes of each tensor in a checkpoint's state dict."""
+    if path.is_dir():
+        return sizes_of_sharded(path)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    return {name: getattr(tensor, "nbytes", 0) for name, tensor in state.items()}
+
+
+def _parts(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names in lots of about a sixteenth of all bytes: so much is in memory twice while it is copied."""
+    most = sum(sizes.values()) / 16
+    lot: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        lot.append(name)
+        held += size
+        if held > most:
+            yield lot
+            lot, held = [], 0
+    yield lot
+
+
+def _some(path: Path, names: list[str]) -> Iterator[Tensor]:
+    """Some tensors of a checkpoint's state dict.
+
+    A file is mapped anew for them: the pages of a mapping that were read count as memory until it is gone.
+    """
+    if path.is_dir():
+        state = read_sharded_weights(path, names)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    for name in names:
+        tensor = state.pop(name)
+        if not isinstance(tensor, Tensor):
+            raise TaperlitError(f"{path} holds no tensor for {name}; use another one.")
+        yield tensor
+
+
+def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in memory of its own."""
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def load_whole(path: str | Path, optimizer: bool = True) -> dict[str, Any]:

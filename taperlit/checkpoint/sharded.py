@@ -10,6 +10,7 @@ import io
 import pickle
 import warnings
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +122,12 @@ def read_sharded(directory: Path, optimizer: bool) -> dict[str, Any]:
     """
     checkpoint = torch.load(directory / META, map_location="cpu", weights_only=True)
     metadata = read_metadata(directory)
-    flat: dict[str, Any] = {
-        key: torch.empty(kind.size, dtype=kind.properties.dtype) if isinstance(kind, TensorStorageMetadata) else None
+    flat = {
+        key: _empty(kind)
         for key, kind in metadata.state_dict_metadata.items()
         if optimizer or key.startswith("state_dict.")
     }
-    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on one process it should be
-        try:
-            load(flat, storage_reader=_Reader(directory), planner=planner)
-        except CheckpointException as error:  # no Exception of Python's
-            reason, _ = next(iter(error.failures.values()))
-            raise ValueError(str(reason)) from error
+    _fill(flat, directory)
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         _insert(nested, metadata.planner_data[key], value)
@@ -145,6 +139,49 @@ def read_sharded(directory: Path, optimizer: bool) -> dict[str, Any]:
             {"state": state["state"], "param_groups": group} for state, group in zip(states, groups, strict=True)
         ]
     return checkpoint
+
+
+def sizes_of_sharded(directory: Path) -> dict[str, int]:
+    """The bytes of each tensor in its state dict, 0 for what is none.
+
+    Raises:
+        Exception: of many kinds, by where the damage is.
+    """
+    metadata = read_metadata(directory)
+    return {
+        name: kind.size.numel() * kind.properties.dtype.itemsize if isinstance(kind, TensorStorageMetadata) else 0
+        for key, kind in metadata.state_dict_metadata.items()
+        for part, name, *_ in [metadata.planner_data[key]]
+        if part == "state_dict"
+    }
+
+
+def read_sharded_weights(directory: Path, names: Collection[str]) -> dict[str, Any]:
+    """Some of its state dict, all tensors on the CPU.
+
+    Raises:
+        Exception: of many kinds, by where the damage is.
+    """
+    metadata = read_metadata(directory)
+    wanted = {path: key for key, path in metadata.planner_data.items()}
+    flat = {key: _empty(metadata.state_dict_metadata[key]) for key in (wanted["state_dict", name] for name in names)}
+    _fill(flat, directory)
+    return {name: flat[wanted["state_dict", name]] for name in names}
+
+
+def _empty(kind: Any) -> torch.Tensor | None:
+    return torch.empty(kind.size, dtype=kind.properties.dtype) if isinstance(kind, TensorStorageMetadata) else None
+
+
+def _fill(flat: dict[str, Any], directory: Path) -> None:
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on one process it should be
+        try:
+            load(flat, storage_reader=_Reader(directory), planner=planner)
+        except CheckpointException as error:  # no Exception of Python's
+            reason, _ = next(iter(error.failures.values()))
+            raise ValueError(str(reason)) from error
 
 
 def _insert(tree: dict, path: tuple, value: Any) -> None:

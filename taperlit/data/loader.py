@@ -31,6 +31,7 @@ class BlockSampler(DistributedSampler):
         self, blocks: TokenBlocks, batch_size: int, rank: int, world_size: int, seed: int, train: bool
     ) -> None:
         super().__init__(blocks, world_size, rank, shuffle=train, seed=seed, drop_last=train)
+        self.dataset: TokenBlocks
         self.batch_size, self.train = batch_size, train
         self.start = 0  # blocks of this epoch, over all ranks, that the next pass leaves out
 
@@ -73,9 +74,10 @@ class ResumableLoader(DataLoader):
         # A generator of its own: torch's default one then belongs to the model alone, and a resumed run's draws agree.
         options["generator"] = torch.Generator()
         super().__init__(blocks, sampler.batch_size, sampler=sampler, drop_last=sampler.train, **options)
+        self.sampler: BlockSampler
         self.position = 0
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         # A generator: the sampler is asked for its order at the first batch, after the trainer has set the epoch.
         self.position = self.sampler.start
         for batch in super().__iter__():

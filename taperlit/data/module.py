@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -110,7 +110,7 @@ class TextDataModule(L.LightningDataModule):
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, once ``setup`` has run."""
-        return Tokenizer.from_str(self.tokenizer_json)
+        return Tokenizer.from_str(cast(str, self.tokenizer_json))
 
     def _files(self) -> list[str]:
         if self.hparams.files is not None:
@@ -249,7 +249,7 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             TaperlitError: another tokenizer; or, to go on training, another corpus, seed or global batch.
         """
-        mine, theirs = fingerprint(self.tokenizer_json), fingerprint(state_dict["tokenizer"])
+        mine, theirs = fingerprint(cast(str, self.tokenizer_json)), fingerprint(state_dict["tokenizer"])
         if mine != theirs:
             raise TaperlitError(
                 f"The checkpoint's tokenizer ({theirs[:12]}) is not the data's ({mine[:12]}); set data.tokenizer to "

@@ -173,8 +173,8 @@ def _read_plain(path: str) -> Iterator[Piece]:
                 yield block
 
     hasher = hashlib.blake2b(digest_size=8)  # a pass of its own: the split must be known before the first token
-    for block in blocks():
-        hasher.update(block)
+    for known in blocks():
+        hasher.update(known)
     digest = hasher.digest()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     replaced = 0

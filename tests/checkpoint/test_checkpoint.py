@@ -17,32 +17,38 @@ from torch.distributed.checkpoint import save
 from taperlit import AlignmentFreeze, GateSchedule, LanguageModel
 from taperlit.callbacks import RunCheckpoint
 from taperlit.checkpoint.atomic import remove, write_directory
-from taperlit.checkpoint.folded import load_checkpoint, load_folded, load_model, write_folded
-from taperlit.checkpoint.reader import load_whole, open_checkpoint, read_checkpoint
+from taperlit.checkpoint.folded import load_checkpoint, load_model, write_folded
+from taperlit.checkpoint.reader import CHECKPOINT_FORMAT, load_whole, open_checkpoint, read_checkpoint
 from taperlit.checkpoint.sharded import DIGEST, _MetadataUnpickler, digest, read_metadata
 from taperlit.errors import TaperlitError
+from taperlit.structure import add_bias, untie
 from taperlit.training.trainer import Trainer
 
 
 def test_folded_model_round_trips(tiny, tmp_path):
     model = tiny(tied=True).eval()
-    write_folded(tmp_path / "out", model, ["a -> b"], '{"x": 1}')
+    structure = {"identities": {}, "scales": {}, "biases": {"head.bias": [300]}, "untied": ["head.weight"]}
+    untie(model, "head.weight")
+    torch.nn.init.normal_(add_bias(model, "head.bias", [300]))
+    write_folded(tmp_path / "out", model, structure, '{"x": 1}')
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert os.listdir(tmp_path) == ["out"]
     loaded = load_model(tmp_path / "out")
     assert loaded.tokenizer_json == '{"x": 1}'
     tokens = torch.randint(300, (1, 9))
     assert torch.equal(loaded.model(tokens), model(tokens))
-    assert json.loads((tmp_path / "out/config.json").read_text())["folded_norms"] == ["a -> b"]
+    assert loaded.model.head.weight is not loaded.model.tok_embed.weight
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["structure"], config["model"]) == (structure, dataclasses.asdict(model.config))
 
 
 def test_an_existing_directory_is_kept_unless_forced(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("x")
     with pytest.raises(TaperlitError, match="out exists"):
-        write_folded(tmp_path / "out", tiny(), [], None)
+        write_folded(tmp_path / "out", tiny(), EMPTY)
     assert (tmp_path / "out/mine").exists()
-    write_folded(tmp_path / "out", tiny(), [], None, force=True)
+    write_folded(tmp_path / "out", tiny(), EMPTY, force=True)
     assert not (tmp_path / "out/mine").exists()
     assert os.listdir(tmp_path) == ["out"]
 
@@ -61,9 +67,17 @@ def test_a_failed_write_leaves_the_old_directory_and_no_debris(tmp_path):
     assert os.listdir(tmp_path / "out") == ["mine"]
 
 
+EMPTY = {"identities": {}, "scales": {}, "biases": {}, "untied": []}
+
+
 def written(**changes):
     """A checkpoint's content as this version writes it, as far as its readers look."""
-    return {"state_dict": {"x": torch.zeros(10000)}, "hyper_parameters": {}, "taperlit": {"format": 1}, **changes}
+    return {
+        "state_dict": {"x": torch.zeros(10000)},
+        "hyper_parameters": {},
+        "taperlit": {"format": CHECKPOINT_FORMAT},
+        **changes,
+    }
 
 
 @pytest.mark.parametrize(
@@ -79,6 +93,7 @@ def written(**changes):
         ("folded", "is a folded model"),
         ("safetensors", "is a folded model"),
         ("older", "an older taperlit"),
+        ("oldest", "an older taperlit"),
         ("newer", "a newer taperlit"),
     ],
 )
@@ -89,11 +104,13 @@ def test_bad_checkpoints_are_refused_by_name(tiny, tmp_path, damage, words):
     elif damage == "directory":
         path.mkdir()
     elif damage == "folded":
-        write_folded(path, tiny(), [], None)
+        write_folded(path, tiny(), EMPTY)
     elif damage == "safetensors":
         path = tmp_path / "last.ckpt.safetensors"
         path.write_bytes(b"x")
     elif damage == "older":
+        torch.save(written(taperlit={"format": CHECKPOINT_FORMAT - 1, "version": "0.1.0"}), path)
+    elif damage == "oldest":
         torch.save({key: value for key, value in written().items() if key != "taperlit"}, path)
     elif damage == "newer":
         torch.save(written(taperlit={"format": 99, "version": "9.0"}), path)
@@ -303,10 +320,11 @@ def test_no_path_of_a_checkpoint_is_deleted_outside_the_runs_folder(tmp_path):
     ],
 )
 def test_bad_folded_directories_are_refused_by_name(tiny, tmp_path, file, content):
-    write_folded(tmp_path / "out", tiny(), [], None)
+    write_folded(tmp_path / "out", tiny(), EMPTY)
     if content is None:
         (tmp_path / "out" / file).unlink()
     else:
         (tmp_path / "out" / file).write_text(content)
-    with pytest.raises(TaperlitError, match="out"):
-        load_folded(tmp_path / "out")
+    with pytest.raises(TaperlitError, match="out") as error:
+        load_model(tmp_path / "out")
+    assert "\n" not in str(error.value)
