@@ -7,9 +7,9 @@ norm's output is written down by name. So is whatever else reads a parameter: a 
 absorb a norm.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -29,11 +29,12 @@ _PRODUCTS = {
     "mm": (None, 0, 1), "addmm": (0, 1, 2), "bmm": (None, 0, 1), "baddbmm": (0, 1, 2), "mv": (None, 0, 1),
     "addmv": (0, 1, 2), "dot": (None, 0, 1),
 }  # fmt: skip
-# They put the numbers elsewhere and change none; what they fill in is no norm's.
+# They put all numbers elsewhere and change none; what they fill in is no norm's.
 _MOVES = {
-    "clone", "_to_copy", "_unsafe_view", "cat", "stack", "index", "index_select", "gather", "take", "repeat", "roll",
-    "flip", "constant_pad_nd", "where", "masked_select", "lift_fresh_copy",
+    "clone", "_to_copy", "_unsafe_view", "cat", "stack", "repeat", "roll", "flip", "constant_pad_nd", "lift_fresh_copy",
 }  # fmt: skip
+# They pick numbers by other tensors, whose content may be another in the next run.
+_CHOICES = {"where", "index", "index_select", "gather", "take"}
 # They look at a tensor's shape and dtype, not at its numbers.
 _NO_READ = {
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
@@ -45,7 +46,7 @@ def tensors_of(value: object) -> Iterator[Tensor]:
     """The tensors in a model's output: a tensor, tuples, lists, mappings and data classes of them."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for part in value.values():
             yield from tensors_of(part)
     elif isinstance(value, list | tuple):
@@ -54,6 +55,37 @@ def tensors_of(value: object) -> Iterator[Tensor]:
     elif is_dataclass(value) and not isinstance(value, type):
         for entry in fields(value):
             yield from tensors_of(getattr(value, entry.name))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A stack of matrices that one was picked from.
+
+    Args:
+        storage: of the parameter.
+        offset: of the stack in it.
+        size: elements per matrix.
+    """
+
+    storage: int
+    offset: int
+    size: int
+
+
+def _picked_axes(operation: str, args: tuple[Any, ...]) -> list[int]:
+    """The axes along which an operation picks by another tensor."""
+    source: Tensor = args[0]
+    if operation == "take":
+        return list(range(source.dim()))
+    if operation in ("index_select", "gather"):
+        return [args[1] % source.dim()]
+    axes, axis = [], 0
+    for index in args[1]:
+        width = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            axes += list(range(axis, axis + width))
+        axis += width
+    return axes
 
 
 class Watch(Float64):
@@ -81,7 +113,7 @@ class Watch(Float64):
         self.products: list[Product] = []
         self.reads: list[Read] = []
         self.others: dict[str, list[str]] = {name: [] for name in self.norms}
-        self._sources: list[object] = [None]  # by number: a norm's name, a parameter's storage, or a Product
+        self._sources: list[object] = [None]  # by number: a norm's name, a parameter's storage, a Product, a Chosen
         self._parameter_numbers = {key: self._new_source(key) for key in self.parameters}
         self._numbers: dict[int, int] = {}  # the same by the storages that hold the parameters while a run is watched
         self._norm_numbers = {name: self._new_source(name) for name in self.norms}
@@ -202,6 +234,17 @@ class Watch(Float64):
             return None
         return Elements(sources[0], tuple(labels.shape), (), 0, (labels & _INDEX).cpu())
 
+    def _chosen(self, labels: Tensor) -> Elements | None:
+        """The elements behind labels (batch, K, O) if each matrix is one of a stack, whichever it is."""
+        sources = self._sources_in(labels)
+        if len(sources) != 1 or not isinstance(chosen := sources[0], Chosen):
+            return None
+        index = labels & _INDEX
+        matrix = (index - chosen.offset) // chosen.size
+        if not bool((matrix == matrix[:, :1, :1]).all()):
+            return None
+        return Elements(chosen.storage, tuple(labels.shape), (), 0, index.cpu())
+
     def _view(self, tensor: Tensor) -> Elements:
         """The elements of a parameter's storage that a view of it shows."""
         storage = cast(int, self._sources[self._numbers[storage_of(tensor)]])
@@ -234,8 +277,10 @@ class Watch(Float64):
             self._product(operation, args, kwargs, out)
         elif operation == "mul" and isinstance(args[1], int | float) and args[1] == 1:  # vmap's bias
             self._set_labels(out, cast(Tensor, self._labels_of(args[0])))
-        elif operation in _MOVES and not any(isinstance(value, float) for value in args[:3]):
+        elif operation in _MOVES:
             self._move(func, args, kwargs, out)
+        elif operation in _CHOICES and self._choose(func, args, out):
+            pass
         elif operation == "copy_":
             self._overwrite(args[0], args[1])
         elif operation in ("fill_", "zero_"):
@@ -256,14 +301,16 @@ class Watch(Float64):
         if key in self._numbers:
             self.reads.append(Read(self._module(), self._view(tensor)))
             return
-        labels = self._labels_of(tensor)
-        for source in self._sources_in(labels):
+        if (labels := self._labels_of(tensor)) is None:
+            return
+        for number in (labels >> _SHIFT).unique().tolist():
+            source = self._sources[number]
             if isinstance(source, str):
                 self.others[source].append(operation)
-            elif isinstance(source, int):
-                labels = cast(Tensor, labels)
-                mine = labels[labels >> _SHIFT == self._parameter_numbers[source]] & _INDEX
-                self.reads.append(Read(self._module(), Elements(source, (len(mine),), (), 0, mine.cpu())))
+            elif isinstance(source, int | Chosen):
+                storage = source if isinstance(source, int) else source.storage
+                mine = labels[labels >> _SHIFT == number] & _INDEX
+                self.reads.append(Read(self._module(), Elements(storage, (len(mine),), (), 0, mine.cpu())))
 
     def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         def labels(value: Any) -> Any:
@@ -283,6 +330,38 @@ class Watch(Float64):
             moved = func(*tree_map(labels, args), **tree_map(labels, kwargs))
         if out.numel():
             self._set_labels(out, moved)
+
+    def _choose(self, func: Any, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Whether an operation that picks numbers picks the same labels whichever it picks, and then move them.
+
+        Tokens may be picked by what the input says, but not features; nor elements of a parameter, but for whole
+        matrices out of a stack of them (experts).
+        """
+        operation = func.overloadpacket.__name__
+        if operation == "where":
+            pair = [self._labels_of(value) if isinstance(value, Tensor) else None for value in args[1:3]]
+            if len(pair) < 2 or pair[0] is None or pair[1] is None:
+                return False
+            a, b = pair[0].expand(out.shape), pair[1].expand(out.shape)
+            if not torch.equal(a, b):
+                return False
+            self._set_labels(out, a)
+            return True
+        source: Tensor = args[0]
+        if (labels := self._labels_of(source)) is None:
+            return True
+        axes = _picked_axes(operation, args)
+        if not all(bool((labels == labels.narrow(axis, 0, 1)).all()) for axis in axes):
+            key = storage_of(source)
+            if key not in self._numbers or axes != [0] or source.dim() < 3 or not source.is_contiguous():
+                return False
+            chosen = Chosen(self._view(source).storage, int(source.storage_offset()), source[0].numel())
+            labels = (self._number_of(chosen) << _SHIFT) + (labels & _INDEX)
+        self._set_labels(out, func(labels, *args[1:]))
+        return True
+
+    def _number_of(self, source: object) -> int:
+        return self._sources.index(source) if source in self._sources else self._new_source(source)
 
     def _overwrite(self, target: Tensor, source: Tensor | None, reads: bool = True) -> None:
         """Something was written over a tensor: a copy of the source, or numbers without labels."""
@@ -348,7 +427,7 @@ class Watch(Float64):
             weight: Elements | None = self._view(matrix)
         else:
             found = self._labels_of(matrix)
-            weight = None if found is None else self._elements(found)
+            weight = None if found is None else self._elements(found) or self._chosen(found)
         if weight is None:
             return None, "with a matrix that is no parameter"
         others = torch.stack([part.where for part in parts]).logical_not().all(0)
