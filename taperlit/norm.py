@@ -63,6 +63,14 @@ class GatePlan:
     alignment: bool = False
 
 
+def call_me(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing but be there.
+
+    ``nn.TransformerEncoderLayer`` has a fused path that reads its norms' parameters and never calls the norms; it takes
+    the other path when a module in it has a hook. A gate has one, which is never run, for gates are not called.
+    """
+
+
 class Gate(Float32State):
     """The global gate ``g`` in [0, 1], shared by every TaperNorm of a model.
 
@@ -76,8 +84,11 @@ class Gate(Float32State):
         super().__init__()
         self.register_buffer("value", torch.ones((), dtype=torch.float32, device=device))
         self.plan = GatePlan()
-        self._phase = Phase.NORMALIZE
-        self._seen: tuple[int, int] | None = None  # the tensor and its version that _phase was read from
+        self._phase, self._g = Phase.NORMALIZE, 1.0
+        self._seen: tuple[int, int] | None = None  # the tensor and its version that the phase was read from
+        self._address = 0
+        self._memory: ctypes.c_float | None = None  # where the value lies, to be read without an operation
+        self.register_forward_pre_hook(call_me)
 
     @property
     def phase(self) -> Phase:
@@ -87,13 +98,23 @@ class Gate(Float32State):
         Writes through ``.data`` are not counted; call :meth:`refresh` after them. Compiled code reads the last phase
         and is compiled again when that changes.
         """
-        if not torch.compiler.is_compiling() and type(self.value) is Tensor:
-            if self.value.device.type == "cpu":
-                # Straight from memory: item() would be an operation, which tracers and other modes see.
-                self._phase = self._phase_of(ctypes.c_float.from_address(self.value.data_ptr()).value)
-            elif self._seen is None or self._seen != self._stamp():
-                self.refresh()
+        value = self._buffers["value"]  # past nn.Module's slower look-up: every norm asks in every pass
+        if torch.compiler.is_compiling() or type(value) is not Tensor:
+            return self._phase
+        if (address := value.data_ptr()) != self._address:
+            self._address, self._seen = address, None
+            # Straight from memory: item() would be an operation, which tracers and other modes see.
+            self._memory = ctypes.c_float.from_address(address) if value.device.type == "cpu" else None
+        if self._memory is not None:
+            if (g := self._memory.value) != self._g:
+                self._g, self._phase = g, self._phase_of(g)
+        elif self._seen is None or self._seen != self._stamp():
+            self.refresh()
         return self._phase
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the address, which is another in a copy."""
+        return {**self.__dict__, "_address": 0, "_memory": None}
 
     def _stamp(self) -> tuple[int, int] | None:
         # Inference tensors count no writes.
@@ -102,8 +123,8 @@ class Gate(Float32State):
     def refresh(self) -> None:
         """Read the value and let the phase follow; waits for the device."""
         if not self.value.is_meta:
-            self._phase = self._phase_of(self.value.item())
-            self._seen = self._stamp()
+            self._g = self.value.item()
+            self._phase, self._seen = self._phase_of(self._g), self._stamp()
 
     def reset_parameters(self) -> None:
         """Open the gate: ``g = 1``."""
@@ -119,8 +140,8 @@ class Gate(Float32State):
         if not 0.0 <= g <= 1.0:
             raise TaperlitError(f"The gate must be between 0 and 1, not {g}.")
         self.value.fill_(g)
-        self._phase = self._phase_of(torch.tensor(g, dtype=torch.float32).item())
-        self._seen = self._stamp()
+        self._g = torch.tensor(g, dtype=torch.float32).item()
+        self._phase, self._seen = self._phase_of(self._g), self._stamp()
 
     @staticmethod
     def _phase_of(g: float) -> Phase:
@@ -164,14 +185,6 @@ class NormKind:
     centred: bool
     gain_offset: float
     eps: float | None
-
-
-def call_me(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook that does nothing but be there.
-
-    ``nn.TransformerEncoderLayer`` has a fused path that reads its norms' parameters and never calls the norms; it takes
-    the other path when a module of its own has a hook.
-    """
 
 
 class TaperNorm(Float32State):
@@ -218,8 +231,6 @@ class TaperNorm(Float32State):
         # A child of owner and borrowers alike, so that torch.compile makes one graph for both.
         self.gate = Gate(device).train(self.training) if gate is None else gate
         self.owns_gate = gate is None
-        if isinstance(self, nn.LayerNorm):
-            self.register_forward_pre_hook(call_me)
 
     def own(self, name: str) -> nn.Parameter | None:
         """The norm's own ``weight`` or ``bias``; not every class has both."""
