@@ -11,6 +11,6 @@ class TaperlitError(ValueError):
 
 
 class Terminated(TaperlitError):
-    """The run was told to stop (SIGTERM), has saved, and can go on. The status is the shell's: 128 + 15."""
+    """The run was told to stop (SIGTERM); the message says how to go on. The status is the shell's: 128 + 15."""
 
     status = 143

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from traces import scalars
 
 from taperlit.checkpoint.reader import read_checkpoint
 
@@ -45,8 +45,7 @@ def command(folder: Path, name: str, precision: str, options: list[str]) -> list
 
 def losses(folder: Path, name: str) -> list[float]:
     """The loss of each of its steps."""
-    events = EventAccumulator(str(folder / name / "version_0"), size_guidance={"scalars": 0}).Reload()
-    return [event.value for event in dict((e.step, e) for e in events.Scalars("train/loss")).values()]
+    return [*dict(scalars(folder / name / "version_0")["train/loss"]).values()]
 
 
 def ways(accelerator: str, devices: int) -> dict[str, list[str]]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What TaperMonitor costs: the share of a training step that its hooks take, on the quickstart's model on the CPU.
+"""What TaperMonitor costs: the share of training that its hooks take, on the quickstart's model on the CPU.
 
 tools/monitor_cost.py
 """
@@ -9,6 +9,7 @@ import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import lightning as L
 import torch
@@ -17,57 +18,71 @@ from taperlit import LanguageModel, TaperMonitor
 from taperlit.callbacks import AlignmentFreeze, GateSchedule
 
 SHAPE = dict(vocab_size=2048, block_size=256, n_layer=4, n_head=4, d_model=128, d_ff=384)
-HOOKS = (
-    "on_train_batch_start",
-    "on_before_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "_on_residual",
-    "_on_logits",
-)
 
 
-class TimedMonitor(TaperMonitor):
-    """TaperMonitor that adds up the time of its hooks, and of whole steps."""
+class Stopwatch(L.Callback):
+    """Adds up the time of another callback's hooks, and of the training around them.
 
-    def __init__(self, **options) -> None:
-        super().__init__(**options)
-        self.hooks = self.steps = 0.0
-        for name in HOOKS:
-            setattr(self, name, self._timed(getattr(self, name)))
+    Args:
+        callback: whose hooks are timed.
+        hooks: their names.
+    """
 
-    def _timed(self, hook):
+    def __init__(self, callback: L.Callback, *hooks: str) -> None:
+        self.spent = self.total = 0.0
+        for name in hooks:
+            setattr(callback, name, self._timed(getattr(callback, name)))
+
+    def _timed(self, hook: Callable) -> Callable:
         @functools.wraps(hook)
-        def wrapped(*args):
+        def wrapped(*args, **kwargs):
             start = time.perf_counter()
-            if hook.__name__ == "on_train_batch_start":
-                self.start = start
-            result = hook(*args)
-            end = time.perf_counter()
-            self.hooks += end - start
-            if hook.__name__ == "on_train_batch_end":
-                self.steps += end - self.start
+            result = hook(*args, **kwargs)
+            self.spent += time.perf_counter() - start
             return result
 
         return wrapped
 
+    def on_train_start(self, *_) -> None:
+        """Start the clock, and forget what came before the first step."""
+        self.spent, self.start = 0.0, time.perf_counter()
 
-def share(steps: int, directory: str) -> float:
-    """Time in the monitor's hooks over time in steps, in one short run."""
+    def on_train_end(self, *_) -> None:
+        """Stop the clock."""
+        self.total = time.perf_counter() - self.start
+
+
+def share(callback: L.Callback, hooks: tuple[str, ...], steps: int, directory: str, accumulate: int = 1) -> float:
+    """Time in a callback's hooks over time in training, in one short run.
+
+    Args:
+        callback: of the run.
+        hooks: names of those that are timed.
+        steps: optimizer steps.
+        directory: for the logger.
+        accumulate: micro-batches of 8 blocks per step.
+    """
     L.seed_everything(0, verbose=False)
-    monitor = TimedMonitor(residual="model.final_norm", logits="model.head")
+    watch = Stopwatch(callback, *hooks)
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="cpu",
+        accumulate_grad_batches=accumulate,
         logger=L.pytorch.loggers.TensorBoardLogger(directory),
-        callbacks=[monitor, GateSchedule(0.2, 0.6), AlignmentFreeze()],
+        callbacks=[callback, GateSchedule(0.2, 0.6), AlignmentFreeze(), watch],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    blocks = torch.randint(2048, (steps * 8, 257))
+    blocks = torch.randint(2048, (steps * accumulate * 8, 257))
     trainer.fit(LanguageModel("small_1m", "internal", SHAPE), torch.utils.data.DataLoader(blocks, batch_size=8))
-    return monitor.hooks / monitor.steps
+    return watch.spent / watch.total
+
+
+def report(name: str, shares: list[float], steps: int) -> str:
+    """A line: the median share and its spread."""
+    spread = f"{min(shares):.2%} to {max(shares):.2%}, {len(shares)} runs of {steps} steps"
+    return f"{name} takes {statistics.median(shares):.2%} of training ({spread})"
 
 
 def main() -> None:
@@ -76,10 +91,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="a multiple of the monitor's default interval, 50")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
     with tempfile.TemporaryDirectory() as directory:
-        shares = [share(args.steps, directory) for _ in range(args.rounds)]
-    spread = f"{min(shares):.2%} to {max(shares):.2%}, {args.rounds} runs of {args.steps} steps"
-    print(f"TaperMonitor takes {statistics.median(shares):.2%} of a step ({spread})")
+        shares = [
+            share(
+                TaperMonitor(residual="model.final_norm", logits="model.head"),
+                (*hooks, "_on_residual", "_on_logits"),
+                args.steps,
+                directory,
+            )
+            for _ in range(args.rounds)
+        ]
+    print(report("TaperMonitor", shares, args.steps))
 
 
 if __name__ == "__main__":

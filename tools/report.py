@@ -27,10 +27,10 @@ def main() -> None:
     folded = load_model(args.folded)
     tokens = unfolded.sample[:, :-1].long()
     difference = largest_difference(unfolded.model(tokens), folded.model(tokens))
-    losses = ", ".join(f"{loss:.3f} (step {step + 1})" for step, loss in logged["val/loss"])
+    losses = ", ".join(f"{loss:.3f} (step {step + 1})" for step, loss in logged.get("val/loss", ()))
     gate = [value for _, value in logged["taper/gate"]]
     before, after = compare_decoding({"before": unfolded.model, "after": folded.model})
-    print(f"validation loss            {losses}")
+    print(f"validation loss            {losses or 'not measured'}")
     print(f"gate                       {gate[0]:g} -> {gate[-1]:g}")
     print(f"largest logit difference   {difference:.1e} relative, folded against unfolded, {tokens.numel()} tokens")
     print(f"decoding before folding    {before.rate:.0f} tokens/s")

@@ -1,26 +1,23 @@
-"""The command line: which command, and what happens to an error. Nothing heavy is imported until a command runs."""
+"""``main``: run one command, and tell an error in one line."""
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 
+from taperlit.cli.table import COMMANDS
 from taperlit.errors import TaperlitError
 
-COMMANDS = {
-    "fit": "train a model",
-    "validate": "loss and perplexity of a checkpoint on held-out text",
-    "test": "the same, logged as test/",
-    "predict": "write each held-out token's log-probability to a file",
-    "fold": "fold a checkpoint whose gate is 0 into a model without those norms",
-    "generate": "continue a prompt with a folded model or a checkpoint",
-}
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+# What a disk says that is full, over its quota, read-only or broken.
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+LAUNCHER_LOOKS_EVERY = 5  # seconds; lightning.fabric.strategies.launchers.subprocess_script._ChildProcessObserver
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {line}" for name, line in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {command.purpose}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: taperlit COMMAND [options]",
@@ -42,31 +39,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 for an error that the user can mend, told in one line; 2 for wrong options; 130 when
-        interrupted; 143 when terminated, the run saved.
+        interrupted; 143 when terminated.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
-    command = args[0]
-    if command == "--version":
+    name = args[0]
+    if name == "--version":
         from taperlit import __version__
 
         print(__version__)
         return 0
-    if command not in COMMANDS:
-        return _fail(f"there is no command {command!r}; choose from {', '.join(COMMANDS)}.", status=2)
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}; choose from {', '.join(COMMANDS)}.", status=2)
     # Lightning 2.6 uses what jsonargparse is about to drop; that is nothing the user can mend.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     try:
-        from taperlit.cli import train
-
-        train.run(command, args[1:])
+        _run(name, args[1:])
     except TaperlitError as error:
         return _fail(str(error), error.status)
+    except FileNotFoundError as error:
+        return _fail(" ".join(str(error).split()))
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        return _fail(f"{error.filename or 'the output folder'}: {error.strerror}; make room first.")
     except KeyboardInterrupt:
         return _fail("interrupted.", status=130)
     return 0
+
+
+def _run(name: str, args: list[str]) -> None:
+    command = COMMANDS[name]
+    function = getattr(import_module(command.module), command.function)
+    if command.parses:
+        function(name, args)
+    else:
+        from taperlit.cli.options import call
+
+        call(function, name, args)
 
 
 def _fail(message: str, status: int = 1) -> int:
@@ -76,5 +88,14 @@ def _fail(message: str, status: int = 1) -> int:
     speaker = f"[rank {rank}]" if rank else "error:"
     print(f"taperlit: {speaker} {message}", file=sys.stderr)
     if rank and list(numbers) == ["LOCAL_RANK"]:
-        time.sleep(6)  # Lightning's launcher kills the first process when it sees another fail: let it speak before
+        _outlive_the_launcher()
     return status
+
+
+def _outlive_the_launcher() -> None:
+    """Give the first process the time to tell its error.
+
+    Lightning's launcher runs in it, looks at the other processes every few seconds, and kills it as soon as one of them
+    has ended with an error. What goes wrong on all processes should be told by the first before that.
+    """
+    time.sleep(LAUNCHER_LOOKS_EVERY + 1)

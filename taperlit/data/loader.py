@@ -91,3 +91,4 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Let the next pass begin there."""
         self.sampler.epoch, self.sampler.start = state_dict["epoch"], state_dict["position"]
+        self.position = self.sampler.start  # of a run that saves again before it takes a batch

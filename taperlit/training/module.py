@@ -7,7 +7,9 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from taperlit import __version__
@@ -16,8 +18,11 @@ from taperlit.checkpoint.reader import CHECKPOINT_FORMAT
 from taperlit.distributed import gradient_norms, keep_buffers_float32, local, mean_over_ranks, parallelize
 from taperlit.errors import TaperlitError
 from taperlit.norm import plain_name
-from taperlit.schedule import resolve_steps, warmup_cosine
-from taperlit.transformer import Taper, Transformer, TransformerOverrides
+from taperlit.schedule import resolve_steps
+from taperlit.training import optimizer as adamw
+from taperlit.training.lightning_compat import should_log
+from taperlit.training.policy import Policy, apply_policy, check_policy
+from taperlit.transformer import Transformer, TransformerOverrides
 
 # What a metric does with a NaN: keep it. torchmetrics' own default drops it, and its "disable" drops the weights.
 NAN = float("nan")
@@ -38,7 +43,7 @@ class LanguageModel(L.LightningModule):
 
     Args:
         preset: name of a model shape, see ``taperlit.transformer.PRESETS``.
-        taper: which norms are TaperNorms: none, internal or all.
+        taper: which norms are tapered, see :func:`taperlit.training.policy.apply_policy`: none, internal or all.
         overrides: fields of the preset to change.
         lr: peak learning rate.
         betas: of AdamW.
@@ -47,17 +52,19 @@ class LanguageModel(L.LightningModule):
         min_lr_ratio: the cosine ends at this fraction of ``lr``.
         chunk_tokens: tokens whose logits are held at once.
         compile: compile each block with ``torch.compile`` for training. Evaluation stays eager: its other shapes and
-            modes would each add a graph, where a run needs one a phase of the gate.
+            modes would each add a graph, where a run needs one per phase of the gate.
         activation_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
 
+    A resumed run takes ``lr``, ``betas``, ``weight_decay``, ``warmup`` and ``min_lr_ratio`` as they are given then.
+
     Raises:
-        TaperlitError: no such preset or override, or a value out of its range.
+        TaperlitError: no such preset, policy or override, or a value out of its range.
     """
 
     def __init__(
         self,
         preset: str,
-        taper: Taper = "none",
+        taper: Policy = "none",
         overrides: TransformerOverrides | None = None,
         lr: float = 6e-4,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -72,24 +79,27 @@ class LanguageModel(L.LightningModule):
         if chunk_tokens < 1:
             raise TaperlitError(f"model.chunk_tokens must be at least 1, not {chunk_tokens}.")
         self.save_hyperparameters()
-        self.config = config_from_hparams(preset, taper, overrides)
-        self.model: Transformer | None = None
+        check_policy(taper)
+        self.config = config_from_hparams(preset=preset, overrides=overrides)
+        self.model: Transformer = None  # type: ignore[assignment]  # until configure_model
+        self._restored = False
         self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
         self.val_loss, self.val_perplexity = MeanMetric(NAN), Perplexity(NAN)
         self.test_loss, self.test_perplexity = MeanMetric(NAN), Perplexity(NAN)
         self.example_input_array = torch.zeros(1, min(8, self.config.block_size), dtype=torch.int64)
 
     def configure_model(self) -> None:
-        """Build the transformer, and split it as the strategy asks.
+        """Build the transformer, taper it, and split it as the strategy asks.
 
         Every process builds it whole first, from the same seed: split or not, a run starts from the same values.
         """
         if self.model is not None:
             return
         self.model = Transformer(self.config)
+        apply_policy(self.model, self.hparams.taper)
         self.model.activation_checkpointing = self.hparams.activation_checkpointing
         if self.hparams.compile:
-            for block in self.model.blocks:  # alike, so they share one graph a phase
+            for block in self.model.blocks:  # alike, so they share one graph per phase
                 block.compile(dynamic=False)
         if self.device_mesh is not None:  # ModelParallelStrategy's
             parallelize(self.model, self.device_mesh)
@@ -160,7 +170,7 @@ class LanguageModel(L.LightningModule):
         loss = mean_over_ranks(self.trainer, torch.stack(self._losses).mean())
         self._losses.clear()
         self.log("train/loss", loss, prog_bar=True)
-        if self.trainer._logger_connector.should_update_logs:
+        if should_log(self.trainer):
             self.log("train/grad_norm", self._gradient_norm())
             self.log("train/lr", optimizer.param_groups[0]["lr"])
 
@@ -201,41 +211,35 @@ class LanguageModel(L.LightningModule):
             state["state"] = {name[i]: value for i, value in state["state"].items()}
             state["param_groups"] = [{**g, "params": [name[i] for i in g["params"]]} for g in state["param_groups"]]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW (fused on CUDA) with linear warm-up, then cosine, over ``trainer.max_steps``.
 
         Raises:
             TaperlitError: ``trainer.max_steps`` is not set.
         """
+        # A fused step unscales by itself, which Lightning cannot clip; only float16 has a scale.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer, schedule = adamw.build(self, self._settings(), fused)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _settings(self) -> adamw.Settings:
         # Not estimated_stepping_batches: reading it here makes Lightning forget the data's position on resume.
         total = self.trainer.max_steps
         warmup = resolve_steps(self.hparams.warmup, total, "model.warmup")
         if total < 1:
             raise TaperlitError("Set trainer.max_steps: the learning rate's cosine ends there.")
-        # By the kind of module, not by the number of dimensions: FSDP1's parameters are all flat.
-        embeddings = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)}
-        decays = {module.weight for module in self.modules() if isinstance(module, nn.Linear)} - embeddings
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        decay = [p for p in parameters if p in decays]
-        keep = [p for p in parameters if p not in decays]
-        # A fused step unscales by itself, which Lightning cannot clip; only float16 has a scale.
-        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": self.hparams.weight_decay}, {"params": keep, "weight_decay": 0.0}],
-            lr=self.hparams.lr,
-            betas=tuple(self.hparams.betas),
-            fused=fused,
-        )
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                # What AdamW would make at the first gradient. Parameters that the taper leaves idle have none for long,
-                # and a sharded checkpoint can only be read into an optimizer that has the same states.
-                step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
-                optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, warmup, total, self.hparams.min_lr_ratio)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        h = self.hparams
+        return adamw.Settings(h.lr, tuple(h.betas), h.weight_decay, warmup, total, h.min_lr_ratio)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note that the optimizer will be a checkpoint's."""
+        self._restored = True
+
+    def on_train_start(self) -> None:
+        """Let a resumed run go on with the learning rate, betas and decay that it was given, not the checkpoint's."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if self._restored and isinstance(schedules[0], LambdaLR):  # not while a tuner tries another
+            adamw.apply_settings(self.trainer.optimizers[0], schedules[0], self._settings())
 
     def flops_per_token(self, block_size: int) -> float:
         """Model FLOPs of training on one token in a block of this length (forward and backward, no recomputation)."""

@@ -14,13 +14,14 @@ from taperlit.checkpoint.reader import load_whole
 from taperlit.checkpoint.sharded import DIGEST, META, digest
 from taperlit.distributed import gather
 from taperlit.errors import TaperlitError
+from taperlit.training.lightning_compat import FitLoop, dump_checkpoint
 
 
 class RunCheckpointIO(TorchCheckpointIO):
     """Writes straight to the file, and reads files and sharded directories without executing code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a file."""
+        """Write the checkpoint to the file ``path``, whose directory is made if it is missing."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             torch.save(checkpoint, file)
@@ -29,7 +30,7 @@ class RunCheckpointIO(TorchCheckpointIO):
         """Read a file or a sharded directory, tensors on the CPU.
 
         Raises:
-            TaperlitError: as :func:`taperlit.checkpoint.load_whole`.
+            TaperlitError: as :func:`taperlit.checkpoint.reader.load_whole`.
         """
         return load_whole(path)
 
@@ -41,19 +42,20 @@ class Trainer(L.Trainer):
     own is left to do as it does.
 
     Args:
-        *args: of :class:`lightning.Trainer`.
-        **kwargs: likewise.
+        *args: those of :class:`lightning.Trainer`.
+        **kwargs: those of :class:`lightning.Trainer`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = RunCheckpointIO()
+        FitLoop.replace(self)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
-        """As Lightning's; every process must ask.
+        """Save as :meth:`lightning.Trainer.save_checkpoint`, but aside and synced first; every process must ask.
 
         Raises:
             TaperlitError: it cannot be written; the one that was there stays.
@@ -66,9 +68,9 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             remove(partial)  # a killed run's
         self.strategy.barrier("Trainer.save_checkpoint")
-        checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
-        self._together(target, partial, lambda: self.strategy.save_checkpoint(checkpoint, partial))
-        self._together(target, partial, lambda: self._commit(partial, target))
+        checkpoint = dump_checkpoint(self, weights_only)
+        self._all_or_none(target, partial, lambda: self.strategy.save_checkpoint(checkpoint, partial))
+        self._all_or_none(target, partial, lambda: self._commit(partial, target))
 
     def _commit(self, partial: Path, target: Path) -> None:
         if not self.is_global_zero:
@@ -77,8 +79,8 @@ class Trainer(L.Trainer):
             (partial / DIGEST).write_text(digest(partial))
         commit(partial, target)
 
-    def _together(self, target: Path, partial: Path, write: Callable[[], None]) -> None:
-        """Do it on every process; what fails on one fails on all, and leaves nothing half-written."""
+    def _all_or_none(self, target: Path, partial: Path, write: Callable[[], None]) -> None:
+        """Write on every process; what fails on one fails on all, so that none waits, and nothing is left behind."""
         problem = None
         try:
             write()

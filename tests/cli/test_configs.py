@@ -4,8 +4,12 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
 
+from taperlit.cli.slots import SLOTS
 from taperlit.cli.train import TaperlitCLI, build_cli
+from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
 from taperlit.training.module import LanguageModel
 
@@ -15,11 +19,29 @@ SIZES = {"1m": 1e6, "3m": 3e6, "9m": 9e6, "30m": 30e6, "124m": 124e6, "350m": 35
 OVERLAYS = {"baseline": "none", "internal": "internal", "internal_aux": "internal", "all": "all", "all_aux": "all"}
 
 
-def parse(*args):
+TAPERING = {"gate", "alignment", "fold"}
+EVERY = {"StepProgressBar", "ModelSummary", "TokenThroughput", "RunCheckpoint", "RngState"}
+
+
+def parse(*args, command="fit"):
     """What the command line makes of its arguments, before anything is built."""
-    nothing = {"instantiate_classes": lambda self: None, "_run_subcommand": lambda self, name: None}
-    with mock.patch.object(sys, "argv", ["taperlit", "fit", *args]), mock.patch.multiple(TaperlitCLI, **nothing):
-        return build_cli().config.fit
+    nothing = {
+        "instantiate_classes": lambda self: None,
+        "_run_subcommand": lambda self, name: None,
+        "subcommands": staticmethod(lambda: {command: LightningCLI.subcommands()[command]}),  # in half the time
+    }
+    with mock.patch.object(sys, "argv", ["taperlit", command, *args]), mock.patch.multiple(TaperlitCLI, **nothing):
+        return build_cli().config[command]
+
+
+def slots(config):
+    """The slots whose callbacks run."""
+    return {name for name in SLOTS if config.taper[name] is not None}
+
+
+def listed(config):
+    """The names of the classes in trainer.callbacks."""
+    return [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -33,9 +55,8 @@ def test_every_run_builds_with_the_size_in_its_name(run):
         assert module.model.num_parameters() == pytest.approx(size, rel=0.08)
     assert module.config.block_size >= config.data.block_size
     assert len(tapered_norms(module)) == 2 * module.config.n_layer
-    assert [slot for slot, callback in vars(config.taper).items() if callback] == [
-        "gate", "alignment", "anchor", "fold", "monitor", "guard",
-    ]  # fmt: skip
+    assert slots(config) == {*SLOTS}
+    assert sorted(listed(config)) == sorted(EVERY)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -44,13 +65,124 @@ def test_every_overlay_composes_with_every_run(run, overlay):
     before = parse("--config", str(CONFIGS / run))
     config = parse("--config", str(CONFIGS / run), "--config", str(CONFIGS / f"taper/{overlay}.yaml"))
     assert config.model.taper == OVERLAYS[overlay]
-    assert (config.taper.gate is None) == (overlay == "baseline")
-    assert (config.taper.anchor is not None) == overlay.endswith("_aux")
-    if overlay != "baseline":
-        assert config.taper.gate == before.taper.gate  # an overlay chooses what, the run says when
+    assert slots(config) == running(OVERLAYS[overlay], overlay.endswith("_aux"))
+    for slot in slots(config):
+        assert config.taper[slot] == before.taper[slot]  # an overlay chooses what, the run says when
     config.model.taper = before.model.taper
-    assert {**config.model.as_dict(), "taper": 0} == {**before.model.as_dict(), "taper": 0}
+    assert config.model == before.model
     assert config.data.as_dict() == before.data.as_dict()
+    assert config.trainer == before.trainer
+
+
+def running(taper, anchor):
+    """The slots that should run."""
+    tapering = set() if taper == "none" else TAPERING | ({"anchor"} if anchor else set())
+    return {"monitor", "guard", *tapering}
+
+
+@pytest.mark.parametrize("dial", ["none", "internal", "all"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("run", RUNS)
+def test_one_dial_says_which_callbacks_run(run, overlay, dial):
+    files = ["--config", str(CONFIGS / run), "--config", str(CONFIGS / f"taper/{overlay}.yaml")]
+    config = parse(*files, f"--model.taper={dial}")
+    # where the overlay leaves the anchor alone it is on
+    assert slots(config) == running(dial, overlay.endswith("_aux") or overlay == "baseline")
+    assert sorted(listed(config)) == sorted(EVERY)
+
+
+def quickstart(*args, **options):
+    return parse("--config", str(CONFIGS / "quickstart.yaml"), *args, **options)
+
+
+def test_the_anchor_is_the_other_dial():
+    for off in ("false", "null"):
+        config = quickstart(f"--taper.anchor={off}")
+        assert slots(config) == running("internal", False)
+    own = "{class_path: taperlit.ScaleAnchor, init_args: {module: model.head, weight: 0.3}}"
+    assert quickstart("--taper.anchor", own).taper.anchor.init_args.module == "model.head"
+    assert quickstart("--taper.anchor=true").taper.anchor == quickstart().taper.anchor
+    assert quickstart("--taper.anchor=true", "--model.taper=none").taper.anchor is None
+    with_overlay = quickstart("--config", str(CONFIGS / "taper/all_aux.yaml"), "--taper.anchor.weight=0.3")
+    assert with_overlay.taper.anchor.init_args.weight == 0.3
+
+
+def test_flags_reach_into_the_default_slots_and_into_a_configs():
+    config = quickstart("--taper.gate.warmup=10", "--taper.guard.skip=true")
+    assert (config.taper.gate.init_args.warmup, config.taper.gate.init_args.end) == (10, 0.6)
+    assert config.taper.guard.init_args.skip
+    config = parse("--model.preset=small_1m", "--model.taper=all", "--taper.gate.warmup=10")
+    assert (config.taper.gate.init_args.warmup, config.taper.gate.init_args.end) == (10, 0.5)
+
+
+def test_one_rate_for_both_averages_unless_a_slot_has_its_own():
+    def rates(*args):
+        taper = parse("--model.preset=small_1m", "--model.taper=all", *args).taper
+        return taper.alignment.init_args.ema_rate, taper.anchor.init_args.ema_rate
+
+    assert rates() == (0.01, 0.01)
+    assert rates("--taper.ema_rate=0.2") == (0.2, 0.2)
+    assert rates("--taper.ema_rate=0.2", "--taper.anchor.ema_rate=0.3") == (0.2, 0.3)
+    assert rates("--taper.anchor.ema_rate=0.3") == (0.01, 0.3)
+
+
+def test_a_gate_that_nothing_would_move_is_refused():
+    for off in ("null", "false"):
+        with pytest.raises(TaperlitError, match=r"taper\.gate is off.*--taper\.gate=true"):
+            quickstart(f"--taper.gate={off}")
+    on = ["--taper.gate=true", "--taper.alignment=true", "--taper.fold=true"]
+    off = ["--taper.gate=null", "--taper.alignment=null", "--taper.fold=null"]
+    assert slots(quickstart(*off, *on)) == {*SLOTS}  # as it advises
+
+
+def test_nothing_runs_twice():
+    mine = "{class_path: taperlit.GateSchedule, init_args: {warmup: 7}}"
+    config = quickstart("--trainer.callbacks+", mine, "--trainer.callbacks+=RunCheckpoint")
+    assert slots(config) == {*SLOTS} - {"gate"}
+    assert sorted(listed(config)) == sorted({*EVERY, "GateSchedule"})
+    single = quickstart("--trainer.callbacks", "{class_path: taperlit.RngState}")  # no list
+    assert sorted(listed(single)) == sorted(EVERY)
+    own = quickstart("--trainer.callbacks+=TQDMProgressBar", "--trainer.callbacks+=ModelCheckpoint")
+    assert sorted(listed(own)) == sorted(
+        EVERY - {"StepProgressBar", "RunCheckpoint"} | {"TQDMProgressBar", "ModelCheckpoint"}
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--model.taper=none"],
+        ["--model.taper=all", "--taper.anchor=false"],
+        ["--taper.fold=null", "--taper.gate.warmup=3", "--trainer.enable_progress_bar=false"],
+        ["--trainer.callbacks+", "{class_path: taperlit.GateSchedule, init_args: {warmup: 7}}"],
+    ],
+)
+def test_a_settled_config_is_settled(tmp_path, args):
+    first = quickstart(*args)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in first.as_dict().items() if k != "config"}))
+    again = parse("--config", str(tmp_path / "config.yaml"))
+    assert again.taper == first.taper
+    assert again.trainer == first.trainer
+    # an option that turns a callback off still does, and the dial still turns
+    off = parse("--config", str(tmp_path / "config.yaml"), "--trainer.enable_progress_bar=false", "--model.taper=none")
+    assert "StepProgressBar" not in listed(off)
+    assert not slots(off) & (TAPERING | {"anchor"})
+
+
+def test_predict_has_a_writer():
+    assert sorted(listed(quickstart(command="predict"))) == sorted({*EVERY, "PredictionWriter"})
+    assert quickstart(command="predict").return_predictions is False
+
+
+def test_run_configs_repeat_nothing_of_the_slots():
+    defaults = parse("--model.preset=small_1m", "--model.taper=internal").taper
+    for run in RUNS:
+        for slot, given in (yaml.safe_load((CONFIGS / run).read_text()).get("taper") or {}).items():
+            if slot in SLOTS:
+                assert given.keys() == {"init_args"}
+                repeated = {k for k, v in given["init_args"].items() if defaults[slot].init_args[k] == v}
+                assert not repeated, (run, slot)
 
 
 def test_no_overlay_is_forgotten():

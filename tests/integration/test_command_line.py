@@ -12,23 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
+from processes import scalars
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from small import CONFIGS, SMALL, error_of, fit
 
 from taperlit.checkpoint.folded import load_model
-from taperlit.checkpoint.reader import read_checkpoint
+from taperlit.checkpoint.reader import CHECKPOINT_FORMAT, read_checkpoint
 from taperlit.checkpoint.sharded import digest
-from taperlit.cli.entry import COMMANDS, main
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = [
-    "--model.overrides", "{vocab_size: 300, block_size: 32, n_layer: 2, n_head: 2, d_model: 32, d_ff: 64}",
-    "--model.compile=false", "--data.tokenizer=null", "--data.vocab_size=300", "--data.block_size=32",
-    "--data.batch_size=4", "--data.val_fraction=0.2", "--data.num_workers=0",
-    "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=1", "--trainer.precision=32-true",
-    "--trainer.accelerator=cpu", "--trainer.val_check_interval=10", "--trainer.log_every_n_steps=1",
-    "--trainer.enable_model_summary=false", "--taper.gate.warmup=5", "--taper.monitor.every=1",
-]  # fmt: skip
+from taperlit.cli import main
+from taperlit.cli.table import COMMANDS
 
 
 @pytest.fixture
@@ -42,20 +34,6 @@ def shards(tmp_path):
             rows.append(json.dumps({"text": text, "meta": {"pile_set_name": "Github"}}))
         (folder / f"{shard:02}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress("\n".join(rows).encode()))
     return str(folder / "*.jsonl.zst")
-
-
-def fit(tmp_path, shards, *extra, config="pile_350m.yaml"):
-    args = ["fit", "--config", str(CONFIGS / config), "--data.files", shards, *SMALL]
-    args += [f"--trainer.logger.save_dir={tmp_path}/runs", "--trainer.logger.name=run", *extra]
-    assert main(args) == 0
-    versions = sorted((tmp_path / "runs/run").iterdir(), key=lambda path: int(path.name.split("_")[1]))
-    return versions[-1]
-
-
-def scalars(run):
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_train_fold_generate_and_the_rest(tmp_path, shards, capsys):
@@ -138,22 +116,10 @@ def test_layernorm_all_taper_with_a_tied_head(tmp_path, shards, capsys):
         assert main(["fold", "--ckpt", ckpt, "--tied", how, "--out", str(tmp_path / how)]) == 0
         assert f"removed {count} norms" in capsys.readouterr().out
         model = load_model(tmp_path / how).model
-        assert model.config.tied == (how == "scale")
+        assert (model.head.weight is model.tok_embed.weight) == (how == "scale")
         with torch.no_grad():
             tokens = load_model(ckpt).sample[:, :-1].long()
             torch.testing.assert_close(model(tokens), load_model(ckpt).model(tokens), rtol=1e-3, atol=1e-4)
-
-
-def error_of(capsys, *args, status=1):
-    capsys.readouterr()
-    try:
-        code = main(list(args))
-    except SystemExit as exit:
-        code = exit.code
-    assert code == status
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("taperlit: error:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_what_goes_wrong_is_one_line(tmp_path, shards, capsys):
@@ -202,7 +168,7 @@ class Evil:
 @pytest.mark.parametrize("form", ["file", "sharded", "metadata"])
 def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, monkeypatch, form):
     path, ran = tmp_path / "evil.ckpt", tmp_path / "ran"
-    content = {"state_dict": {}, "hyper_parameters": {"preset": Evil(ran)}, "taperlit": {"format": 1}}
+    content = {"state_dict": {}, "hyper_parameters": {"preset": Evil(ran)}, "taperlit": {"format": CHECKPOINT_FORMAT}}
     if form == "file":
         torch.save(content, path)
     else:
@@ -248,9 +214,11 @@ def test_last_goes_on_with_the_newest_run_or_says_why_not(tmp_path, shards, caps
     nothing = ["--trainer.logger.init_args.name=nothing"]
     assert "no checkpoint yet" in error_of(capsys, *evaluate, *nothing)
     assert "--ckpt_path best" in error_of(capsys, *evaluate[:-1], "best")
-    done = fit(tmp_path, shards, *last)  # it is at its end: nothing to do, and nothing harmed
+    done = fit(tmp_path, shards, *last, "--taper.gate.end=12")  # it is at its end: nothing to do, and nothing harmed
+    assert done == run
     assert read_checkpoint(done / "checkpoints/last.ckpt")["global_step"] == 20
-    base = ["fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, *SMALL, *last]
+    base = ["fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, *SMALL, "--taper.gate.end=12"]
+    base += last
     here = [f"--trainer.logger.save_dir={tmp_path}/runs", "--trainer.logger.name=run"]
     assert "of another model" in error_of(capsys, *base, *here, "--model.taper=all")
     assert "had 4 blocks a batch" in error_of(capsys, *base, *here, "--data.batch_size=8", "--trainer.max_steps=30")

@@ -47,6 +47,7 @@ def last(home, name):
 def content(path):
     """All of a checkpoint that says what the run is; not the clock, and not where its folder lies."""
     checkpoint = read_checkpoint(path)
+    del checkpoint["callbacks"]["RunRecord"]  # its config names the folder
     keys = [key for key in checkpoint["callbacks"] if key.startswith("RunCheckpoint")]
     for key in keys:
         state = checkpoint["callbacks"][key]
@@ -187,6 +188,48 @@ def test_sigterm_saves_and_ends_in_one_line(home, whole, ranks):
     if ranks == 1:
         assert differences(whole["state_dict"], final["state_dict"]) == []
         assert differences(whole["optimizer_states"], final["optimizer_states"]) == []
+
+
+def terminated_in_validation(at, last, log, rank):
+    """SIGTERM to the last process in the second batch of the validation pass after a step; 0 is the sanity check."""
+    from taperlit.training.module import LanguageModel
+
+    validate, batches = LanguageModel.validation_step, []
+
+    def step(self, *args):
+        if self.trainer.global_step == at:
+            batches.append(at)
+            Path(f"{log}.{rank}").write_text(str(len(batches)))
+            if len(batches) == 2 and rank == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+        validate(self, *args)
+
+    LanguageModel.validation_step = step
+
+
+@pytest.mark.parametrize("at", [0, 10, 50])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_in_validation_stops_at_the_batch_and_the_pass_is_done_again(home, whole, ranks, at):
+    name = f"terminated in validation {at} {ranks}"
+    extra = [*(TWO_DDP if ranks == 2 else []), "--trainer.num_sanity_val_steps=-1"]
+    setup = functools.partial(terminated_in_validation, at, ranks - 1, home / name)
+    run = start(home, name, *extra, ranks=ranks, setup=setup)  # of two, only the second is told
+    assert run.wait() == [143] * ranks, run.log.read_text()
+    assert [(home / f"{name}.{rank}").read_text() for rank in range(ranks)] == ["2"] * ranks
+    (line,) = run.errors()
+    if at == 0:
+        assert line == "taperlit: error: stopped by SIGTERM before a last.ckpt was saved; start it again."
+    else:
+        assert line == "taperlit: error: stopped by SIGTERM; go on with --ckpt_path last."
+        assert read_checkpoint(last(home, name))["global_step"] == at
+    start(home, name, *extra, *RESUME, ranks=ranks).succeed()
+    assert os.listdir(home / name) == ["version_0"]
+    assert (home / name / "version_0/folded/config.json").exists()
+    if ranks == 1:
+        assert differences(whole, content(last(home, name))) == []
+    logged, expected = (scalars(home / n / "version_0")["val/loss"] for n in (name, "whole"))
+    assert [step for step, _ in logged] == [step for step, _ in expected]
+    assert [loss for _, loss in logged] == pytest.approx([loss for _, loss in expected], rel=1e-5)
 
 
 def slowly(rank):

@@ -1,0 +1,59 @@
+"""``taperlit fold``: a checkpoint whose gate is 0 into a model without those norms."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from taperlit.checkpoint.folded import load_checkpoint, write_folded
+from taperlit.errors import TaperlitError
+from taperlit.folding import fold
+from taperlit.norm import tapered_norms
+from taperlit.structure import describe
+
+CHECKED_TOKENS = 1024  # at most: float64 logits of 50,000 tokens in the vocabulary take 0.4 GB then
+
+
+def fold_checkpoint(
+    ckpt: str, out: str | None = None, force: bool = False, tied: Literal["untie", "scale"] = "untie"
+) -> None:
+    """Fold a checkpoint whose gate is 0 into a model without those norms.
+
+    Folded and unfolded are compared in float64 on the run's validation text before anything is written.
+
+    Args:
+        ckpt: a checkpoint of ``taperlit fit``.
+        out: directory to write; by default ``<checkpoint's name>-folded`` beside the checkpoint.
+        force: replace ``out`` if it exists.
+        tied: for an All-Taper model whose head shares the embedding's matrix: give the head its own, or keep the final
+            norm's linear map as an explicit scale.
+
+    Raises:
+        TaperlitError: an unusable checkpoint, one without tapered norms, a gate that is not 0, a fold that would change
+            the outputs, or ``out`` exists.
+    """
+    directory = Path(out) if out is not None else Path(ckpt).with_name(f"{Path(ckpt).stem}-folded")
+    if directory.exists() and not force:
+        raise TaperlitError(f"{directory} exists; name another --out or pass --force.")
+    loaded = load_checkpoint(ckpt)
+    model = loaded.model
+    sizes = {name: _parameters(norm) for name, norm in tapered_norms(model).items()}
+    if not sizes:
+        raise TaperlitError(f"{ckpt} has no tapered norms (model.taper is none), so there is nothing to fold.")
+    if loaded.sample is None:
+        raise TaperlitError(f"{ckpt} holds no validation blocks to check the folding on; it was not made by this fit.")
+    blocks = loaded.sample.long()
+    tokens = blocks[:, : min(blocks.shape[1] - 1, CHECKED_TOKENS // len(blocks))]
+    structure = fold(model, lambda: model(tokens), tied=tied)
+    difference = structure["difference"]
+    print(f"largest difference, folded against unfolded, on {tokens.numel()} validation tokens: {difference:.2e}")
+    write_folded(directory, model, structure, loaded.tokenizer_json, force)
+    gone = structure["identities"]
+    print(f"removed {len(gone)} norms with {sum(sizes[name] for name in gone)} parameters:")
+    print("\n".join(f"  {line}" for line in describe(structure)))
+    print(f"wrote {directory}")
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(math.prod(parameter.shape) for parameter in module.parameters(recurse=False))

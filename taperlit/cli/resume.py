@@ -1,0 +1,168 @@
+"""Which checkpoint a run goes on with, and what it may do differently from the run that wrote it."""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from taperlit.checkpoint.atomic import recover
+from taperlit.checkpoint.folded import config_from_hparams
+from taperlit.checkpoint.reader import open_checkpoint
+from taperlit.errors import TaperlitError
+from taperlit.training.lightning_compat import begins_a_new_version, checkpoint_directory, continue_version
+from taperlit.training.module import LanguageModel
+
+KEYWORDS = ("last", "best", "hpc")  # of --ckpt_path; anything else is a path
+# What a run under way cannot change: values that its statistics, its schedule or its frozen scalars depend on.
+SET_AT_THE_START = {"gate": ("closed",), "alignment": (), "anchor": ("weight",)}  # slots, and their options that may
+# What takes effect from the next step on, and is told.
+APPLIED = ["lr", "betas", "weight_decay", "warmup", "min_lr_ratio"]
+APPLIED += ["chunk_tokens", "compile", "activation_checkpointing"]
+
+
+def look_into(path: str) -> dict[str, Any]:
+    """A checkpoint's content without its weights being read, once it is known to be whole and harmless.
+
+    The first process checks every byte; the others wait for it before they load anything.
+
+    Raises:
+        TaperlitError: as :func:`taperlit.checkpoint.reader.open_checkpoint`.
+    """
+    return open_checkpoint(path, verify=not rank_zero_only.rank)
+
+
+def find_last(loggers: Sequence[Logger], callbacks: Iterable[Callback], root: str) -> str | None:
+    """Where the newest run of a config stopped: its ``last.ckpt``. The loggers go on in that run's folder.
+
+    The newest run is the highest ``version_N`` of the first logger that has a checkpoint. Where none has, the loggers
+    go on in the newest folder, which a run left that ended before its first checkpoint.
+
+    Args:
+        loggers: of the run.
+        callbacks: of the run; its ModelCheckpoints say in which folder checkpoints are.
+        root: ``trainer.default_root_dir``.
+
+    Returns:
+        The path, or None where there is no checkpoint.
+
+    Raises:
+        TaperlitError: the newest run has checkpoints but no ``last.ckpt``, or a logger begins a new folder each time,
+            so that the run cannot be told.
+    """
+    saving = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    for logger in filter(begins_a_new_version, loggers):
+        if not isinstance(logger, TensorBoardLogger):
+            raise TaperlitError(
+                f"--ckpt_path last: {type(logger).__name__} begins a new folder each time; give it a version, so that "
+                "the run is found again."
+            )
+        versions = _versions(logger)
+        for version in (*versions, *versions[:1]):  # the newest once more: it stays where none has a checkpoint
+            continue_version(logger, version)
+            if logger is not loggers[0] or _checkpoints(saving, loggers, root):  # the first one's folder holds them
+                break
+    checkpoints = _checkpoints(saving, loggers, root)
+    last = [path for path in checkpoints if path.stem.startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST)]
+    if checkpoints and not last:
+        names = ", ".join(sorted(path.name for path in checkpoints))
+        raise TaperlitError(
+            f"--ckpt_path last: {checkpoints[0].parent} has no last.ckpt, only {names}; name the file to go on from, "
+            "or begin anew without --ckpt_path."
+        )
+    return str(max(last, key=lambda path: path.stat().st_mtime)) if last else None
+
+
+def _versions(logger: TensorBoardLogger) -> list[int]:
+    """The numbers of its ``version_N`` folders, newest first."""
+    names = [path.name.removeprefix("version_") for path in Path(logger.root_dir).glob("version_*")]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def _checkpoints(saving: Iterable[ModelCheckpoint], loggers: Sequence[Logger], root: str) -> list[Path]:
+    found: dict[Path, None] = {}
+    for callback in saving:
+        directory = checkpoint_directory(callback, loggers, root)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            recover(directory / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}")
+        found |= dict.fromkeys(directory.glob(f"[!.]*{callback.FILE_EXTENSION}"))
+    return list(found)
+
+
+def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options: dict[str, Any] | None) -> None:
+    """Refuse what the checkpoint's run cannot do differently, and tell what it will.
+
+    Applied from the next step on: every option of the learning rate and the optimizer, ``trainer.max_steps`` (where the
+    learning rate's cosine ends), how the loss and the blocks are computed, the scale loss's weight, and whatever keeps
+    no state. Refused: another model or policy of tapering, another gate schedule, alignment or anchor.
+
+    Args:
+        path: of the checkpoint, for the errors.
+        checkpoint: its content.
+        module: built with the options given now.
+        options: the command's options given now, as plain data, to go on training; None to evaluate.
+
+    Raises:
+        TaperlitError: names the option, its value, and the one that the run began with.
+    """
+    hparams = checkpoint["hyper_parameters"]
+    try:
+        theirs = {**vars(config_from_hparams(**hparams)), "taper": hparams["taper"]}
+    except (TypeError, KeyError) as error:
+        raise TaperlitError(f"{path} is of another model; begin anew without --ckpt_path.") from error
+    mine = {**vars(module.config), "taper": module.hparams.taper}
+    changed = [f"{name} {theirs[name]}, not {mine[name]}" for name in mine if theirs[name] != mine[name]]
+    if changed:
+        raise TaperlitError(
+            f"{path} is of another model ({', '.join(changed)}); name its run's config, or begin anew without "
+            "--ckpt_path."
+        )
+    if options is None:
+        return
+    began = checkpoint.get("callbacks", {}).get("RunRecord", {}).get("config")  # None where no command line trained it
+    if began is not None:
+        for slot, free in SET_AT_THE_START.items():
+            _check_slot(path, slot, began["taper"][slot], options["taper"][slot], free)
+    changes = [
+        f"model.{name} {module.hparams[name]} (before: {hparams[name]})"
+        for name in APPLIED
+        if name in hparams and _differ(hparams[name], module.hparams[name])
+    ]
+    if began is not None and (before := began["trainer"]["max_steps"]) != (now := options["trainer"]["max_steps"]):
+        kept = ", and the gate keeps its steps" if options["taper"]["gate"] else ""
+        changes.append(f"trainer.max_steps {now} (before: {before}){kept}")
+    if changes:
+        rank_zero_info(f"From step {checkpoint['global_step'] + 1} on: {'; '.join(changes)}.")
+
+
+def _check_slot(path: str, slot: str, theirs: Any, mine: Any, free: Sequence[str]) -> None:
+    if theirs is None or mine is None:
+        if theirs is not mine and slot != "anchor":  # ScaleAnchor itself says when it comes too late
+            which = "on" if mine else "off"
+            raise _refused(path, f"taper.{slot}", which, "off" if mine else "on")
+        return
+    # By the class's own name: it may be imported from several places, and a checkpoint's word is never imported.
+    names = [str(spec["class_path"]).rpartition(".")[2] for spec in (mine, theirs)]
+    if names[0] != names[1]:
+        raise _refused(path, f"taper.{slot}", *names)
+    theirs, mine = theirs.get("init_args") or {}, mine.get("init_args") or {}
+    for name in mine.keys() | theirs.keys():
+        if name not in free and _differ(theirs.get(name), mine.get(name)):
+            raise _refused(path, f"taper.{slot}.{name}", mine.get(name), theirs.get(name))
+
+
+def _refused(path: str, option: str, mine: Any, theirs: Any) -> TaperlitError:
+    return TaperlitError(
+        f"--{option} is {mine} and the run of {path} began with {theirs}, which cannot change under way; leave it, or "
+        "begin anew without --ckpt_path."
+    )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    def listed(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return listed(a) != listed(b)

@@ -1,0 +1,184 @@
+"""Which callbacks a run has: ``model.taper`` says it, slots override, and every run has a few of its own."""
+
+import inspect
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser
+
+from taperlit.callbacks import (
+    AlignmentFreeze,
+    FiniteGuard,
+    FoldOnEnd,
+    GateSchedule,
+    RngState,
+    RunCheckpoint,
+    ScaleAnchor,
+    StepProgressBar,
+    TaperMonitor,
+    TokenThroughput,
+)
+from taperlit.callbacks.predictions import PredictionWriter
+from taperlit.errors import TaperlitError
+
+Spec = dict[str, Any]  # class_path and init_args, as in YAML
+
+
+class Slot(NamedTuple):
+    """A callback that overlays and flags reach by name; a list, such as ``trainer.callbacks``, is only replaced whole.
+
+    Args:
+        purpose: for the help.
+        kind: the callback that runs unless another is given.
+        init_args: what it gets unless other values are given.
+        tapers: it runs only where ``model.taper`` is not ``none``.
+    """
+
+    purpose: str
+    kind: type[Callback]
+    init_args: dict[str, Any]
+    tapers: bool
+
+    @property
+    def spec(self) -> Spec:
+        """The default as in YAML."""
+        return {"class_path": f"taperlit.{self.kind.__name__}", "init_args": dict(self.init_args)}
+
+
+SLOTS = {
+    "gate": Slot("moves the gate", GateSchedule, {}, True),
+    "alignment": Slot("freezes the alignment scalars", AlignmentFreeze, {}, True),
+    "anchor": Slot("adds the scale loss", ScaleAnchor, {"module": "model.final_norm"}, True),
+    "fold": Slot("writes the folded model at the end", FoldOnEnd, {"module": "model"}, True),
+    "monitor": Slot(
+        "logs the taper's traces", TaperMonitor, {"residual": "model.final_norm", "logits": "model.head"}, False
+    ),
+    "guard": Slot("stops at, or skips, a step that is not finite", FiniteGuard, {}, False),
+}
+
+
+class Always(NamedTuple):
+    """A callback that every run has, unless ``trainer.callbacks`` holds one of its kind.
+
+    Args:
+        kind: what counts as one.
+        default: the class that runs.
+        switch: the Trainer's option that turns it off, if there is one.
+        only: the one command that it is for, or None.
+    """
+
+    kind: type[Callback]
+    default: type[Callback]
+    switch: str | None = None
+    only: str | None = None
+
+
+ALWAYS = (
+    Always(ProgressBar, StepProgressBar, "enable_progress_bar"),
+    Always(ModelSummary, ModelSummary, "enable_model_summary"),
+    Always(PredictionWriter, PredictionWriter, only="predict"),
+    Always(TokenThroughput, TokenThroughput),
+    Always(ModelCheckpoint, RunCheckpoint, "enable_checkpointing"),
+    Always(RngState, RngState),
+)
+
+
+def add_slots(parser: LightningArgumentParser) -> None:
+    """Add ``--taper.<slot>`` for every slot, and ``--taper.ema_rate``."""
+    for name, slot in SLOTS.items():
+        parser.add_argument(
+            f"--taper.{name}",
+            type=L.Callback | bool | None,
+            default=slot.spec,
+            help=f"{slot.purpose}; true is {slot.kind.__name__}, false or null is none",
+        )
+    parser.add_argument(
+        "--taper.ema_rate",
+        type=float | None,
+        default=None,
+        help="of the moving averages of taper.alignment and taper.anchor, where these keep their own default",
+    )
+
+
+def settle(config: Namespace, command: str) -> dict[str, Any]:
+    """Decide which callbacks run.
+
+    Args:
+        config: the parsed options of one command; left as it is.
+        command: its name.
+
+    Returns:
+        The options ``taper`` and ``trainer`` to put over the config's. With them the config lists every callback that
+        runs, once, and is settled: the same callbacks run when it is given again.
+
+    Raises:
+        TaperlitError: norms would be tapered and nothing would move their gate.
+    """
+    listed = _listed(config.trainer)
+    kinds = [_class_of(callback) for callback in listed]
+    taper: dict[str, Any] = {}
+    for name, slot in SLOTS.items():
+        spec = _spec(config.taper[name], slot)
+        off = slot.tapers and config.model.taper == "none"
+        taper[name] = None if off or spec is None or _has(kinds, _class_of(spec)) else spec
+    if (
+        command == "fit"
+        and config.model.taper != "none"
+        and taper["gate"] is None
+        and not _has(kinds, SLOTS["gate"].kind)
+    ):
+        raise TaperlitError(
+            f"model.taper is {config.model.taper} and taper.gate is off, so that nothing would move the gate: give "
+            "--taper.gate=true --taper.alignment=true --taper.fold=true, or --model.taper=none."
+        )
+    for name in ("alignment", "anchor"):
+        _share_rate(config.taper.ema_rate, taper[name])
+    for kind, default, switch, only in ALWAYS:
+        wanted = (switch is None or config.trainer[switch] is not False) and only in (None, command)
+        if not wanted:
+            listed = [callback for callback in listed if _class_of(callback) is not default]
+        elif not _has(kinds, kind):
+            listed.append({"class_path": _path_of(default)})
+    return {"taper": taper, "trainer": {"callbacks": [_plain(callback) for callback in listed]}}
+
+
+def _listed(trainer: Namespace) -> list[Any]:
+    given = trainer.callbacks or []
+    return list(given) if isinstance(given, list) else [given]
+
+
+def _spec(value: Any, slot: Slot) -> Spec | None:
+    if value is None or value is False:
+        return None
+    return slot.spec if value is True else _plain(value)
+
+
+def _plain(spec: Any) -> Spec:
+    return spec.as_dict() if isinstance(spec, Namespace) else spec
+
+
+def _class_of(spec: Any) -> type[Callback]:
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _path_of(kind: type[Callback]) -> str:
+    package = kind.__module__.split(".")[0]
+    return f"{'lightning.pytorch.callbacks' if package == 'lightning' else kind.__module__}.{kind.__name__}"
+
+
+def _has(kinds: Iterable[type[Callback]], kind: type[Callback]) -> bool:
+    return any(issubclass(one, kind) for one in kinds)
+
+
+def _share_rate(rate: float | None, spec: Spec | None) -> None:
+    if rate is None or spec is None:
+        return
+    parameter = inspect.signature(_class_of(spec)).parameters.get("ema_rate")
+    given = spec.setdefault("init_args", {})
+    if parameter is not None and given.get("ema_rate", parameter.default) == parameter.default:
+        given["ema_rate"] = rate

@@ -1,0 +1,215 @@
+"""Every private part of Lightning that this package touches, each behind a function or class of ours.
+
+Checked against Lightning 2.6.6: where Lightning changes, this file does, and no other. Each docstring names the private
+part and says why no public one will do.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.progress.tqdm_progress import _update_n
+from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.plugins.precision import Precision
+from tqdm import tqdm
+
+# ---- what callbacks and modules ask
+
+
+def should_accumulate(trainer: L.Trainer) -> bool:
+    """Whether the batch under way only adds its gradients, the optimizer's step being a later batch's.
+
+    ``FitLoop._should_accumulate``: no public attribute tells of an epoch's last batch, which always steps.
+    """
+    return trainer.fit_loop._should_accumulate()
+
+
+def should_log(trainer: L.Trainer) -> bool:
+    """Whether what is logged in the step under way reaches the loggers, by ``log_every_n_steps``.
+
+    ``_LoggerConnector.should_update_logs``: so that what is costly to measure is measured for those steps alone.
+    """
+    return trainer._logger_connector.should_update_logs
+
+
+def compute_dtype(plugin: Precision) -> torch.dtype:
+    """The dtype that matrices are multiplied in, which a device's peak FLOPs depend on.
+
+    ``throughput_monitor._plugin_to_compute_dtype``: no precision plugin tells it publicly.
+    """
+    return _plugin_to_compute_dtype(plugin)
+
+
+def update_bar(bar: tqdm, n: int) -> None:
+    """Move a progress bar of Lightning's to ``n`` and redraw it.
+
+    ``tqdm_progress._update_n``: what Lightning's own bars do, which leaves a bar that is switched off alone.
+    """
+    _update_n(bar, n)
+
+
+# ---- checkpoints
+
+
+def dump_checkpoint(trainer: L.Trainer, weights_only: bool | None) -> dict[str, Any]:
+    """All that ``Trainer.save_checkpoint`` would write.
+
+    ``_CheckpointConnector.dump_checkpoint``: the public method writes it as well, to a place that we choose ourselves.
+    """
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only)
+
+
+def validates_next(trainer: L.Trainer) -> bool:
+    """Whether a validation pass follows the training batch under way; ask in ``on_train_batch_end``.
+
+    ``TrainingEpochLoop._should_check_val_fx``: the public options, of which there are five, only imply it.
+    """
+    loop = trainer.fit_loop
+    fetcher = loop._data_fetcher
+    return fetcher is not None and trainer.enable_validation and loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def repeat_validation(checkpoint: dict[str, Any]) -> None:
+    """Let the run that resumes from this checkpoint begin with the validation pass that was under way, from its start.
+
+    The state of the loops, which has no public form: a pass counts as unfinished when one of its batches has been
+    started and not processed, and goes on after the last completed one, of which there is none here. As it was saved,
+    Lightning would take the pass for done and leave it out.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    before = progress["total"]["completed"] - progress["current"]["completed"]
+    progress["total"] |= {"ready": before + 1, "started": before + 1, "processed": before, "completed": before}
+    progress["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    progress["is_last_batch"] = False
+
+
+class FitLoop(_FitLoop):
+    """Lightning's, but a run whose last validation was interrupted does that before it ends.
+
+    ``_FitLoop.done`` (and ``skip``, which asks it) counts steps, finds that none is left, and would leave out the
+    validation and all that callbacks do at the end.
+    """
+
+    @classmethod
+    def replace(cls, trainer: L.Trainer) -> None:
+        """Put it into a trainer in place of Lightning's; ``Trainer`` makes its loops itself."""
+        theirs = trainer.fit_loop
+        loop = cls(trainer, min_epochs=theirs.min_epochs, max_epochs=theirs.max_epochs)
+        loop.epoch_loop = theirs.epoch_loop
+        trainer.fit_loop = loop
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left, and no validation."""
+        return not self._owes_validation() and super().done
+
+    def _owes_validation(self) -> bool:
+        loop = self.epoch_loop.val_loop
+        total = loop.batch_progress.total
+        return loop.restarting and (total.started > total.processed or loop.restarted_mid_evaluation)
+
+    def reset(self) -> None:
+        """Begin a run; the batch that :func:`repeat_validation` said was started is not counted twice."""
+        super().reset()
+        total = self.epoch_loop.val_loop.batch_progress.total
+        total.ready = total.started = total.processed
+
+
+def checkpoint_directory(callback: ModelCheckpoint, loggers: Sequence[Logger], root: str) -> Path:
+    """Where a ModelCheckpoint of a run with these loggers and this ``default_root_dir`` saves.
+
+    ``__resolve_ckpt_dir``, which asks a trainer for no more than these two: ``dirpath`` is None until the fit begins.
+    """
+    trainer = SimpleNamespace(loggers=loggers, default_root_dir=root)
+    return Path(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+
+
+class CheckpointCallback(ModelCheckpoint):
+    """``ModelCheckpoint`` with public names for the parts that ``RunCheckpoint`` needs."""
+
+    @property
+    def saved_at(self) -> int:
+        """The optimizer step of the newest checkpoint of this fit; 0 before the first.
+
+        ``_last_global_step_saved``.
+        """
+        return self._last_global_step_saved
+
+    def save_last_now(self, trainer: L.Trainer) -> None:
+        """Save ``last.ckpt``, if ``save_last`` asks for one; every process must ask.
+
+        ``_save_last_checkpoint`` and ``_monitor_candidates``: Lightning saves it at moments of its own only.
+        """
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def before_last_is_sought(self, directory: Path) -> None:
+        """Called when Lightning is about to look for ``ckpt_path="last"`` in the directory."""
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        self.before_last_is_sought(checkpoint_directory(self, trainer.loggers, trainer.default_root_dir))
+        return super()._find_last_checkpoints(trainer)
+
+
+# ---- the command line
+
+
+class CLI(LightningCLI):
+    """LightningCLI with public names for two of its parts."""
+
+    @property
+    def command_parser(self) -> LightningArgumentParser:
+        """The parser of the command that runs.
+
+        ``_parser``: ``parser`` knows the options by command only.
+        """
+        return self._parser(self.subcommand)
+
+    def after_parsing(self) -> None:
+        """Called once ``self.config`` is parsed, and before the seed is set.
+
+        In place of ``_parse_ckpt_path``, which would load any checkpoint unchecked and put its hyper-parameters over
+        the user's.
+        """
+
+    def _parse_ckpt_path(self) -> None:
+        self.after_parsing()
+
+
+def model_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the LightningModule that a checkpoint is of.
+
+    ``_instantiator``: LightningCLI puts a name of its own among them.
+    """
+    return {name: value for name, value in checkpoint["hyper_parameters"].items() if name != "_instantiator"}
+
+
+def slurm_checkpoint(trainer: L.Trainer) -> str | None:
+    """The checkpoint that SLURM's requeueing left, which Lightning resumes unasked.
+
+    ``_CheckpointConnector._hpc_resume_path``: Lightning finds it when the fit begins, too late to look into it before.
+    """
+    return trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
+
+
+def begins_a_new_version(logger: Logger) -> bool:
+    """Whether the logger will number a new folder for its run.
+
+    ``_version``: the public ``version`` already picks the number.
+    """
+    return getattr(logger, "_version", "") is None
+
+
+def continue_version(logger: TensorBoardLogger, version: int) -> None:
+    """Let the logger go on in the folder ``version_<version>``.
+
+    ``_version``: it can only be given to the constructor, and the logger is there before the checkpoint is found.
+    """
+    logger._version = version
