@@ -277,7 +277,7 @@ class Watch(Float64):
             self._product(operation, args, kwargs, out)
         elif operation == "mul" and isinstance(args[1], int | float) and args[1] == 1:  # vmap's bias
             self._set_labels(out, cast(Tensor, self._labels_of(args[0])))
-        elif operation in _MOVES:
+        elif operation in _MOVES and not (operation == "constant_pad_nd" and self._pads_beside_a_bias(args)):
             self._move(func, args, kwargs, out)
         elif operation in _CHOICES and self._choose(func, args, out):
             pass
@@ -359,6 +359,11 @@ class Watch(Float64):
             labels = (self._number_of(chosen) << _SHIFT) + (labels & _INDEX)
         self._set_labels(out, func(labels, *args[1:]))
         return True
+
+    def _pads_beside_a_bias(self, args: tuple[Any, ...]) -> bool:
+        """Whether padding stands beside what a bias is added to, or is not 0: a fold would add the bias there too."""
+        names = self._norms_in(self._labels_of(args[0]))
+        return bool(names) and (args[2:3] not in ((), (0,)) or any(self.norms[n].taper_bias is not None for n in names))
 
     def _number_of(self, source: object) -> int:
         return self._sources.index(source) if source in self._sources else self._new_source(source)

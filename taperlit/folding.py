@@ -155,6 +155,8 @@ def rehearse(
         TaperlitError: as :func:`fold` will.
     """
     norms = require_tapered(model, "rehearse")
+    for r in (run, *more_runs):
+        own_outputs(model, r)  # what the user's own run raises is the user's
     # As the model is now: made-up maps may send all tokens of a mixture of experts to one.
     watch, _ = _watch(model, (run, *more_runs))
     check_touched(watch, resolve(watch), list(untouched))

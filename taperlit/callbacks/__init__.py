@@ -1,6 +1,8 @@
-"""Callbacks that taper, anchor, fold and watch; each works alone on anybody's LightningModule.
+"""Callbacks that taper, anchor, fold and watch, on anybody's LightningModule.
 
-Their order in the Trainer does not matter.
+They do not know each other. What one must know of another stands at the norms: the plan of the run at their gate, and
+which alignment scalars are frozen. Their order in the Trainer does not matter. GateSchedule needs an AlignmentFreeze
+beside it; AlignmentFreeze and ScaleAnchor need a GateSchedule or a step to freeze at; the others work alone.
 """
 
 from taperlit.callbacks.alignment import AlignmentFreeze

@@ -5,49 +5,97 @@ from typing import Any
 import lightning as L
 import torch
 
-from taperlit.callbacks.partners import resolve_boundary
+from taperlit.callbacks.gradients import has_gradients
+from taperlit.callbacks.plan import boundary_step, forget_plan
 from taperlit.distributed import keep_buffers_float32, mean_over_ranks, whole_parameters
 from taperlit.errors import TaperlitError
-from taperlit.norm import TaperNorm, update_alignment
+from taperlit.norm import Gate, Phase, TaperNorm, shared_gate, update_alignment
 from taperlit.surgery import require_tapered
 
 
 class AlignmentFreeze(L.Callback):
     """Freezes ``c``, and copies gains and biases to the linear branch, when the gate's warm-up ends.
 
-    Until then it updates every layer's two moving averages once an optimizer step, from all its micro-batches and all
-    ranks (arXiv:2602.10408, section 3).
+    Until then it updates every layer's moving averages once per optimizer step, from all its micro-batches and all
+    ranks (arXiv:2602.10408, section 3). A step counts if it has gradients and its statistics are finite. With manual
+    optimization that is once per batch in which an optimizer steps, be it one or several.
+
+    Which scalars are frozen stands in the norms (``TaperNorm.frozen``) and is saved with them. Weights that are past
+    the boundary stay as they are; those that begin a new run at gate 1 are measured and frozen anew.
+
+    Example::
+
+        Trainer(max_steps=1000, callbacks=[GateSchedule(), AlignmentFreeze()])
 
     Args:
         at: freeze after this many steps (int) or fraction of ``max_steps`` (float); None is the end of the
             GateSchedule's warm-up.
+        ema_rate: rate of the moving averages, per optimizer step.
 
     Raises:
-        TaperlitError: before the first step, if the model has no TaperNorm or the boundary is unknown; at the
-            boundary, if a layer has no usable statistics (it is named).
+        TaperlitError: ``ema_rate`` is not in (0, 1]; before the first step, if the model has no TaperNorm, the boundary
+            is unknown or after the gate's warm-up, or the gate is below 1 and a norm was never frozen; at the boundary,
+            if a layer has no usable statistics (it is named).
     """
 
-    def __init__(self, at: int | float | None = None) -> None:
-        self.at = at
+    def __init__(self, at: int | float | None = None, ema_rate: float = 0.01) -> None:
+        if not 0 < ema_rate <= 1:
+            raise TaperlitError(f"AlignmentFreeze.ema_rate is {ema_rate}; it must be in (0, 1].")
+        self.at, self.ema_rate = at, ema_rate
+        self._forget()
+
+    def _forget(self) -> None:
         self.frozen = False
         self._norms: dict[str, TaperNorm] = {}
         self._boundary = 0
+        self._counts = False  # an optimizer stepped in this batch, and with gradients
+        self._stepped = False
+        self._updated: int | None = None  # the global step of the last update
+
+    @property
+    def _gate(self) -> Gate:
+        return next(iter(self._norms.values())).gate
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the statistics in float32 in every strategy."""
+        """Forget an earlier fit, and keep the statistics in float32 in every strategy."""
         keep_buffers_float32(trainer)
+        if stage == "fit":
+            self._forget()
+            forget_plan(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the model and the boundary."""
+        """Check the model, and announce at the gate that somebody will freeze."""
         self._norms = require_tapered(pl_module, "AlignmentFreeze")
-        resolve_boundary(trainer, self.at, "AlignmentFreeze")
+        shared_gate(pl_module)  # there is one
+        self._gate.plan.alignment = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the boundary: only now has every strategy restored the GateSchedule's."""
-        self._boundary = resolve_boundary(trainer, self.at, "AlignmentFreeze")
+        """Find the boundary, see which scalars are frozen, and drop what a tuner's trial steps left behind."""
+        gate, norms = self._gate, self._norms.values()
+        self._forget_batches()
+        self.frozen = all(norm.frozen for norm in norms)
+        if gate.phase is not Phase.NORMALIZE:
+            for name, norm in self._norms.items():
+                if not norm.frozen:
+                    raise TaperlitError(
+                        f"{name} was never frozen and the gate is {gate.value.item():.3g}, where no statistics can be "
+                        "gathered; begin with taperlit.norm.shared_gate(model).set(1.0)."
+                    )
+            return
+        self._boundary = boundary_step(trainer, pl_module, self.at, "AlignmentFreeze")
+        if gate.plan.warmup is not None and self._boundary > gate.plan.warmup:
+            raise TaperlitError(
+                f"AlignmentFreeze.at is step {self._boundary}, after the gate's warm-up of {gate.plan.warmup} steps, "
+                "when the scalars are in use already; leave at= out."
+            )
+        if self.frozen and trainer.global_step < self._boundary:
+            for norm in norms:
+                norm.frozen.zero_()
+                norm.alignment_ema.zero_()
+            self.frozen = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Freeze, once the warm-up's last step is done."""
+        """Freeze, once the warm-up's last step is done and before the first forward pass of the next."""
         if self.frozen or trainer.global_step < self._boundary:
             return
         with whole_parameters(trainer):
@@ -62,18 +110,37 @@ class AlignmentFreeze(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Update the moving averages from this step's batches."""
-        if not self.frozen:
-            update_alignment(self._norms.values(), lambda value: mean_over_ranks(trainer, value))
+        self._stepped = True
+        self._counts |= has_gradients(optimizer)
+        if pl_module.automatic_optimization:  # the only optimizer; manual ones may go on
+            self._end_step(trainer)
 
-    def on_step_skipped(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the statistics of a step that :class:`FiniteGuard` takes out."""
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Update the moving averages after a batch in which the user's own code stepped."""
+        if self._stepped:
+            self._end_step(trainer)
+
+    def _end_step(self, trainer: L.Trainer) -> None:
+        # An optimizer such as LBFGS runs forward several times in one step: the first time counts.
+        counts = self._counts and self._updated != trainer.global_step
+        self._stepped = self._counts = False
+        if self.frozen:
+            return
+        if counts:
+            self._updated = trainer.global_step
+            update_alignment(self._norms.values(), lambda value: mean_over_ranks(trainer, value), self.ema_rate)
+        else:
+            self._forget_batches()
+
+    def _forget_batches(self) -> None:
         for norm in self._norms.values():
             norm.pending.zero_()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the scalars are frozen; the scalars and averages are in the layers' own state."""
-        return {"frozen": self.frozen}
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go of the model, and take the announcement back."""
+        self._norms = {}
+        forget_plan(pl_module)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
-        self.frozen = state_dict["frozen"]
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the model after an error too: Lightning calls no teardown then."""
+        self.teardown(trainer, pl_module, "fit")

@@ -8,9 +8,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from taperlit.callbacks.partners import named_module, resolve_boundary
+from taperlit.callbacks.gradients import has_gradients
+from taperlit.callbacks.plan import boundary_step, forget_plan
+from taperlit.callbacks.submodule import first_input, named_module
 from taperlit.distributed import mean_over_ranks
 from taperlit.errors import TaperlitError
+from taperlit.norm import TaperNorm
 
 
 class ScaleAnchor(L.Callback):
@@ -18,8 +21,12 @@ class ScaleAnchor(L.Callback):
 
     ``h`` is the input of a named module (the final norm, or the head where there is none) and ``s(h)`` its root mean
     square, or standard deviation for the LayerNorm kind, in float32. The target is the bias-corrected moving average
-    of the batch mean of ``s(h)`` over the warm-up; it is frozen, and the loss begins, at the boundary. The loss is
-    added to what ``training_step`` returns, so validation never contains it.
+    of the batch mean of ``s(h)`` over the warm-up; it is frozen, and the loss begins, at the boundary. A step counts
+    for the average if it has gradients and its ``s(h)`` is finite. The loss is added to what ``training_step``
+    returns, so validation never contains it; a batch for which the module does not run, or ``training_step`` returns
+    None, is left as it is.
+
+    It works on a plain model too, without any other callback, if it is told when to freeze.
 
     Example::
 
@@ -34,8 +41,8 @@ class ScaleAnchor(L.Callback):
             GateSchedule's warm-up.
 
     Raises:
-        TaperlitError: before the first step, if there is no such module or the boundary is unknown; in the first
-            step, if the module did not run.
+        TaperlitError: before the first step, if there is no such module, the boundary is unknown or optimization is
+            manual; in the first step, if the module did not run.
     """
 
     def __init__(
@@ -49,35 +56,57 @@ class ScaleAnchor(L.Callback):
         if weight < 0 or not 0 < ema_rate <= 1:
             raise TaperlitError(f"ScaleAnchor needs weight >= 0 and 0 < ema_rate <= 1, not {weight} and {ema_rate}.")
         self.module, self.weight, self.ema_rate, self.kind, self.at = module, weight, ema_rate, kind, at
-        self.target: Tensor | None = None
-        self._ema, self._updates = torch.zeros((), dtype=torch.float32), 0
-        self._boundary = 0
-        self._scales: list[Tensor] = []  # batch means of s(h) since the last optimizer step
-        self._penalties: list[Tensor] = []  # of the forward pass under way
-        self._step_penalties: list[Tensor] = []  # of the micro-batches since the last optimizer step
         self._undo: list[Callable[[], None]] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.target: Tensor | None = None
+        self._ema = torch.zeros(2, dtype=torch.float32)  # moving averages of s(h) and of 1, which corrects the bias
+        self._updated: int | None = None  # the global step of the last update
+        self._boundary = 0
+        self._centred = False
+        self._ran = False
+        self._penalties: list[Tensor] = []  # of the forward pass under way
+        self._forget_batches()
+
+    def _forget_batches(self) -> None:
+        self._scales: list[Tensor] = []  # batch means of s(h) since the last optimizer step
+        self._step_penalties: list[Tensor] = []  # of the micro-batches since the last optimizer step
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget an earlier fit; what a checkpoint restores comes after this."""
+        if stage == "fit":
+            self._release()
+            self._forget()
+            forget_plan(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the residual and wrap ``training_step``."""
         module = named_module(pl_module, self.module, "ScaleAnchor")
-        resolve_boundary(trainer, self.at, "ScaleAnchor")
-        if self.kind is None:
-            self.kind = "layernorm" if isinstance(module, nn.LayerNorm) else "rmsnorm"
-        hook = module.register_forward_pre_hook(self._on_residual)
+        if not pl_module.automatic_optimization:
+            raise TaperlitError(
+                "ScaleAnchor adds its loss to what training_step returns, which manual optimization does not use: "
+                "train with automatic optimization, or leave ScaleAnchor out."
+            )
+        kind = self.kind or ("layernorm" if _is_centred(module) else "rmsnorm")
+        self._centred = kind == "layernorm"
+        hook = module.register_forward_pre_hook(self._on_residual, with_kwargs=True)
         self._undo = [hook.remove, self._wrap(pl_module)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the boundary: only now has every strategy restored the GateSchedule's."""
-        self._boundary = resolve_boundary(trainer, self.at, "ScaleAnchor")
+        """Find the boundary, and drop what a tuner's trial steps left behind."""
+        self._boundary = boundary_step(trainer, pl_module, self.at, "ScaleAnchor")
+        self._forget_batches()
 
     def _wrap(self, pl_module: L.LightningModule) -> Callable[[], None]:
+        # Lightning shows callbacks the loss but takes none back from them, and a second backward pass, of the penalty
+        # alone, would have to be scaled for precision and accumulation by hand and breaks DDP, which allows one.
         original, another = pl_module.training_step, vars(pl_module).get("training_step")
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self._penalties.clear()
-            output = original(*args, **kwargs)
-            return self._add_penalty(pl_module, output)
+            return self._add_penalty(original(*args, **kwargs))
 
         pl_module.training_step = training_step
 
@@ -88,40 +117,43 @@ class ScaleAnchor(L.Callback):
 
         return undo
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the model back as it was."""
+    def _release(self) -> None:
         while self._undo:
             self._undo.pop()()
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the model back without hook and wrapper."""
+        self._release()
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Likewise: Lightning calls no teardown after an error."""
-        self.teardown(trainer, pl_module, "fit")
+        """Give the model back after an error too: Lightning calls no teardown then."""
+        self._release()
 
     def scale(self, h: Tensor, eps: float) -> Tensor:
         """``s(h)`` of (..., d_model): (...) float32."""
         h = h.float()
-        if self.kind == "layernorm":
+        if self._centred:
             h = h - h.mean(-1, keepdim=True)
         return (h.square().mean(-1) + eps).sqrt()
 
-    def _on_residual(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_residual(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        eps = getattr(module, "eps", None)
-        s = self.scale(args[0], torch.finfo(torch.float32).eps if eps is None else eps)
+        s = self.scale(first_input(module, args, kwargs), _eps_of(module))
+        self._ran = True
         if self.target is None:
             self._scales.append(s.detach().mean())
         else:
             self.target = self.target.to(s.device)  # a resumed one comes from the CPU
             self._penalties.append((s - self.target).square().mean())
 
-    def _add_penalty(self, pl_module: L.LightningModule, output: Any) -> Any:
-        if self.target is None:
-            if not self._scales:
-                raise TaperlitError(f"ScaleAnchor's module {self.module!r} did not run in training_step; name another.")
+    def _add_penalty(self, output: Any) -> Any:
+        if output is None or not torch.is_grad_enabled():  # no loss, or a replay that only looks at the outputs
             return output
-        if output is None:
-            return None
+        if not self._ran:
+            raise TaperlitError(f"ScaleAnchor's module {self.module!r} did not run in training_step; name another.")
+        if not self._penalties:
+            return output
         penalty = torch.stack(self._penalties).mean()
         self._step_penalties.append(penalty.detach())
         if isinstance(output, Tensor):
@@ -131,33 +163,50 @@ class ScaleAnchor(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Freeze the target, once the warm-up's last step is done."""
         if self.target is None and trainer.global_step >= self._boundary:
-            if not self._updates:
+            mean, weight = self._ema
+            if not weight:
                 raise TaperlitError("ScaleAnchor has no statistics at its boundary; start it with the run.")
-            self.target = self._ema / (1 - (1 - self.ema_rate) ** self._updates)
+            self.target = mean / weight
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Update the moving average from this step's batches, over all ranks; log the step's scale loss."""
-        if self._step_penalties:
-            pl_module.log("train/scale_loss", mean_over_ranks(trainer, torch.stack(self._step_penalties).mean()))
-            self._step_penalties.clear()
-        if self.target is None and self._scales:
-            batch = mean_over_ranks(trainer, torch.stack(self._scales).mean())
-            self._ema = self._ema.to(batch.device).lerp(batch, self.ema_rate)
-            self._updates += 1
-            self._scales.clear()
+        if has_gradients(optimizer):
+            if self.target is not None:
+                total, count = self._sum_over_ranks(trainer, self._step_penalties)
+                pl_module.log("train/scale_loss", total / count.clamp(min=1e-9))
+            elif self._updated != trainer.global_step:  # LBFGS runs forward several times per step: the first counts
+                total, count = self._sum_over_ranks(trainer, self._scales)
+                self._update(total / count)
+                self._updated = trainer.global_step
+        self._forget_batches()
 
-    def on_step_skipped(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the statistics of a step that :class:`FiniteGuard` takes out."""
-        self._scales.clear()
-        self._step_penalties.clear()
+    def _sum_over_ranks(self, trainer: L.Trainer, values: list[Tensor]) -> Tensor:
+        """Their sum and their number, (2,), over all processes but for one factor: the module need not run on each."""
+        device = trainer.strategy.root_device
+        total = torch.stack(values).sum() if values else torch.zeros((), device=device)
+        return mean_over_ranks(trainer, torch.stack((total, torch.full_like(total, len(values)))))
+
+    def _update(self, batch: Tensor) -> None:
+        ema = self._ema.to(batch.device)
+        updated = ema.lerp(torch.stack((batch, torch.ones_like(batch))), self.ema_rate)
+        self._ema = updated.where(batch.isfinite(), ema)
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving average and the target, on the CPU."""
-        target = None if self.target is None else self.target.cpu()
-        return {"ema": self._ema.cpu(), "updates": self._updates, "target": target}
+        """The moving average, (2,), and the target, 0-d or None before the boundary, on the CPU."""
+        return {"ema": self._ema.cpu(), "target": None if self.target is None else self.target.cpu()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
-        self._ema, self._updates, self.target = state_dict["ema"], state_dict["updates"], state_dict["target"]
+        """Go on with the moving average and target of the resumed run."""
+        self._ema, self.target = state_dict["ema"], state_dict["target"]
+
+
+def _is_centred(module: nn.Module) -> bool:
+    return module.centred if isinstance(module, TaperNorm) else isinstance(module, nn.LayerNorm)
+
+
+def _eps_of(module: nn.Module) -> float:
+    eps = module.kind.eps if isinstance(module, TaperNorm) else getattr(module, "eps", None)
+    eps = getattr(module, "variance_epsilon", None) if eps is None else eps  # transformers' word for it
+    return torch.finfo(torch.float32).eps if eps is None else eps

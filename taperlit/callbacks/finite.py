@@ -1,15 +1,21 @@
 """Stop at the first step whose loss or gradient is not finite, or leave it out."""
 
+import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from taperlit.callbacks.gradients import numbers
 from taperlit.distributed import gather, local
 from taperlit.errors import TaperlitError
 from taperlit.norm import Phase, plain_name, shared_gate
+from taperlit.training.lightning_compat import should_accumulate
 
 PHASES = {Phase.NORMALIZE: "in the warm-up", Phase.BLEND: "in the taper", Phase.LINEAR: "after the taper"}
 
@@ -19,17 +25,21 @@ class FiniteGuard(L.Callback):
 
     The error names the step, the taper's phase and the layer where it began: the first in the forward pass with such an
     output or, where the loss is finite, the last with such a gradient, for gradients spread from there to the layers
-    before it. Nothing with such weights is ever saved, so the checkpoints on disk stay good.
+    before it. For the former it runs the batch once more, so it holds the batch under way and, with gradient
+    accumulation, the first of the step whose loss was bad: two at most. With manual optimization a batch runs again
+    only up to its first backward pass; what goes wrong after it is reported without a layer.
 
-    It waits for the GPU once a step. With ``16-mixed`` precision gradients are left to the loss scaler, which skips
-    steps by itself, and only the loss is watched.
+    Nothing with such weights is ever saved, so the checkpoints on disk stay good.
 
-    Callbacks that gather statistics can have an ``on_step_skipped(trainer, pl_module)`` to forget a skipped step's.
+    It waits for the GPU once per step and, with gradient accumulation, once per micro-batch for a loss that is
+    computed by then. On the CPU it takes under 1% of the quickstart's training (``tools/guard_cost.py``). With
+    ``16-mixed`` precision gradients are left to the loss scaler, which skips steps by itself; only the loss is watched,
+    and of a step that is left out the statistics that are finite count.
 
     Args:
         skip: leave such a step out instead, weights, moments and statistics untouched, and count it
-            (``train/skipped_steps``).
-        patience: stop nonetheless after this many skipped steps in a row.
+            (``train/skipped_steps``). With manual optimization that is one optimizer's step.
+        patience: stop nonetheless after this many skipped steps (of one optimizer) in a row.
 
     Raises:
         TaperlitError: as above; or a checkpoint would hold weights that are not finite.
@@ -39,68 +49,119 @@ class FiniteGuard(L.Callback):
         if patience < 1:
             raise TaperlitError(f"FiniteGuard.patience is {patience}; it must be at least 1.")
         self.skip, self.patience = skip, patience
+        self._forget()
+
+    def _forget(self) -> None:
         self.skipped = 0
-        self._in_a_row = 0
-        self._losses: list[Tensor] = []  # whether each micro-batch's is bad, since the last optimizer step
-        self._batches: list[tuple[Any, int]] = []
+        self._in_a_row: Counter[torch.optim.Optimizer] = Counter()
+        self._replaying = False
+        self._forget_batches()
+
+    def _forget_batches(self) -> None:
+        self._bad_loss: Tensor | None = None  # of any micro-batch since the last optimizer step
+        self._flag: _Flag | None = None  # the same, as it was after the batch under way
+        self._batch: tuple[Any, int] | None = None  # under way
+        self._suspect: tuple[Any, int] | None = None  # the first whose loss was bad
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget an earlier fit; what a checkpoint restores comes after this."""
+        if stage == "fit":
+            self._forget()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Drop what a tuner's trial steps left behind."""
+        self._forget_batches()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the batch, to find the layer with."""
-        self._batches.append((batch, batch_idx))
+        """Keep the batch, to find the layer with; let go of the one before, unless its loss was bad."""
+        self._look()
+        self._batch = (batch, batch_idx)
+
+    def _look(self) -> None:
+        if self._flag is not None and self._suspect is None and self._flag.wait():
+            self._suspect = self._batch
+        self._flag = None
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Look at the loss."""
-        self._losses.append(~loss.detach().isfinite().all())
+        bad = ~loss.detach().isfinite().all()
+        self._bad_loss = bad if self._bad_loss is None else self._bad_loss | bad
+        if should_accumulate(trainer) or not pl_module.automatic_optimization:  # else the step ends before the batch
+            self._flag = _Flag(self._bad_loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Once a step, before anything uses its gradients: stop, or take it out."""
-        if trainer.fit_loop._should_accumulate():
-            return
-        bad_loss = torch.stack(self._losses).any()
-        bad = bad_loss | (False if _is_scaled(trainer) else _any_bad(p.grad for p in pl_module.parameters()))
-        batches, losses = self._batches, self._losses
-        self._batches, self._losses = [], []
-        if not trainer.strategy.reduce(bad.float(), reduce_op="sum").item():
-            self._in_a_row = 0
-            return
-        self._in_a_row += 1
-        in_loss = any(gather(bool(bad_loss)))
-        which = "loss" if in_loss else "gradient"
-        what = f"step {trainer.global_step + 1}{_phase(pl_module)}: the {which} is not finite"
-        if not self.skip or self._in_a_row > self.patience:
-            where = self._first_bad_layer(trainer, pl_module, batches, losses if in_loss else None)
-            after = f" for {self._in_a_row} steps in a row" if self.skip else ""
-            raise TaperlitError(
-                f"{what}{after}; it began in {where}. The last good checkpoint is kept: resume it with a lower model.lr"
-                f"{'' if self.skip else ', or skip such steps with --taper.guard.skip=true'}."
-            )
-        if not _is_scaled(trainer):  # the scaler wants to see the gradients, and then skips the step itself
-            for parameter in pl_module.parameters():
-                parameter.grad = None  # an optimizer leaves alone what has no gradient
-        for callback in trainer.callbacks:
-            if hasattr(callback, "on_step_skipped"):
-                callback.on_step_skipped(trainer, pl_module)
-        self.skipped += 1
-        rank_zero_warn(f"Skipped {what}.")
+        if pl_module.automatic_optimization and not should_accumulate(trainer):
+            self._check(trainer, pl_module, trainer.optimizers[0])
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Log the count."""
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at what the backward pass did not show; log the count.
+
+        That is a step of manual optimization, or one whose last micro-batch had no loss (``training_step`` returned
+        None) but others did.
+        """
+        if self._replaying:
+            raise RuntimeError("an optimizer steps before the first backward pass")
+        if not pl_module.automatic_optimization or self._bad_loss is not None:
+            self._check(trainer, pl_module, optimizer)
         if self.skip:
             pl_module.log("train/skipped_steps", float(self.skipped))
 
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        parameters = list(pl_module.parameters())
+        if not pl_module.automatic_optimization:  # the others' gradients may be stale
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [] if _is_scaled(trainer) else [p.grad for p in parameters]
+        bad_loss = self._bad_loss
+        if bad_loss is None:
+            bad_loss = torch.zeros((), dtype=torch.bool, device=pl_module.device)
+        # The 2-norm is many times faster than the largest number, but overflows a little earlier.
+        stop = _anywhere(trainer, bad_loss | _any_bad(gradients, 2.0))
+        stop = stop and _anywhere(trainer, bad_loss | _any_bad(gradients))
+        if stop:
+            self._look()
+        batch = self._suspect or self._batch
+        self._bad_loss = self._suspect = self._flag = None
+        if not stop:
+            self._in_a_row[optimizer] = 0
+            return
+        self._in_a_row[optimizer] += 1
+        in_loss = any(gather(bool(bad_loss)))
+        which = "loss" if in_loss else "gradient"
+        what = f"step {trainer.global_step + 1}{_phase(pl_module)}: the {which} is not finite"
+        if not self.skip or self._in_a_row[optimizer] > self.patience:
+            where = self._origin(trainer, pl_module, batch if in_loss else None)
+            after = f" for {self._in_a_row[optimizer]} steps in a row" if self.skip else ""
+            others = "" if self.skip else ", or leave such steps out: FiniteGuard(skip=True), --taper.guard.skip=true"
+            raise TaperlitError(
+                f"{what}{after}; {where}. The last good checkpoint is kept: resume it with a lower learning rate"
+                f"{others}."
+            )
+        if not _is_scaled(trainer):  # the scaler wants to see the gradients, and then skips the step itself
+            for parameter in parameters:
+                parameter.grad = None  # an optimizer leaves alone what has no gradient, and the other callbacks do too
+        self.skipped += 1
+        rank_zero_warn(f"Skipped {what}.")
+
     @torch.no_grad()
-    def _first_bad_layer(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batches: list, losses: list[Tensor] | None
-    ) -> str:
-        if losses is None:
+    def _origin(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: tuple[Any, int] | None) -> str:
+        """Where it began, in words; every process must ask. ``batch`` is None if the gradients tell."""
+        why = ""
+        if batch is None:
             names = [plain_name(name) for name, p in pl_module.named_parameters() if _any_bad([p.grad])]
             found = names[-1] if names else None
         else:
-            number = next((i for i, bad in enumerate(losses) if bad), 0)
-            found = _first_bad_output(trainer, pl_module, *batches[number])
-        return next((name for name in gather(found) if name), "the loss itself")
+            self._replaying = True
+            found, why = _first_bad_output(trainer, pl_module, *batch)
+        found = next((name for name in gather(found) if name), None)
+        why = next((reason for reason in gather(why) if reason), "")
+        if found is not None:
+            return f"it began in {found}"
+        return f"its layer is not known, for {why}" if why else "it began in the loss itself"
 
     @torch.no_grad()
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -111,27 +172,59 @@ class FiniteGuard(L.Callback):
         if first is not None:
             raise TaperlitError(
                 f"step {trainer.global_step}{_phase(pl_module)}: the weights of {first} are not finite, so they are "
-                "not saved. The last good checkpoint is kept: resume it with a lower model.lr."
+                "not saved. The last good checkpoint is kept: resume it with a lower learning rate."
             )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go of batches and optimizers."""
+        self._forget_batches()
+        self._in_a_row.clear()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of batches and optimizers after an error too: Lightning calls no teardown then."""
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps were skipped."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Go on with the resumed run's count of skipped steps."""
         self.skipped = state_dict["skipped"]
+
+
+class _Flag:
+    """A 0-d bool tensor on its way to the CPU, which need not wait for what the GPU was given to do afterwards."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._done = value, None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> bool:
+        if self._done is not None:
+            self._done.synchronize()
+        return bool(self._value)
 
 
 def _is_scaled(trainer: L.Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
-def _any_bad(tensors: Any) -> Tensor | bool:
-    """Whether any number in this process's part of the tensors is not finite: a 0-d tensor, so that nothing waits."""
-    parts = [local(tensor) for tensor in tensors if tensor is not None]
-    parts = [part for part in parts if part.numel()]
-    return ~torch.nn.utils.get_total_norm(parts, float("inf")).isfinite() if parts else False
+def _any_bad(tensors: Iterable[Tensor | None], order: float = math.inf) -> Tensor | bool:
+    """Whether any number in this process's part of the tensors is not finite: a 0-d tensor, so that nothing waits.
+
+    It is so exactly with the infinity norm; another order may overflow.
+    """
+    parts = [numbers(local(tensor)) for tensor in tensors if tensor is not None]
+    parts = [part for part in parts if part.numel() and (part.is_floating_point() or part.is_complex())]
+    return ~torch.nn.utils.get_total_norm(parts, order).isfinite() if parts else False
+
+
+def _anywhere(trainer: L.Trainer, bad: Tensor) -> bool:
+    return bool(trainer.strategy.reduce(bad.float(), reduce_op="sum").item())
 
 
 def _phase(pl_module: nn.Module) -> str:
@@ -139,22 +232,33 @@ def _phase(pl_module: nn.Module) -> str:
     return "" if gate is None else f" ({PHASES[gate.phase]}, gate {gate.value.item():.3g})"
 
 
-def _first_bad_output(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> str | None:
-    """Run the batch once more and name the first module whose output is not finite."""
+def _first_bad_output(
+    trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+) -> tuple[str | None, str]:
+    """Run a batch once more and name the first module whose output is not finite, or say why none can be named."""
     found: list[str] = []
 
     def watch(name: str):
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and output.is_floating_point() and _any_bad([output]):
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not found and _any_bad(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
                 found.append(plain_name(name))
 
         return hook
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in pl_module.named_modules() if name]
+    why = ""
     try:
         with torch.compiler.set_stance("force_eager"):
-            trainer.strategy.training_step(batch, batch_idx)
+            output = trainer.strategy.training_step(batch, batch_idx)
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor) or not _any_bad([loss]):
+            why = "running its batch once more gave a finite loss"
+    except Exception as error:  # whatever it is, it must not hide what the guard has to say
+        if not pl_module.automatic_optimization:
+            why = "with manual optimization a batch runs once more only up to its first backward pass"
+        else:
+            why = f"its batch could not be run once more ({' '.join(f'{type(error).__name__}: {error}'.split())[:120]})"
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return (found[0], "") if found else (None, why)

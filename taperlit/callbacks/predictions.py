@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes a JSON line a block: its mean ``loss`` and the ``logprobs`` of its tokens, in the split's order.
+    """Writes a JSON line per block: its mean ``loss`` and the ``logprobs`` of its tokens, in the split's order.
 
     Each rank writes a file of its own; the file takes its name when it is whole.
 
@@ -24,7 +24,7 @@ class PredictionWriter(BasePredictionWriter):
         self.path = path
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the file aside."""
+        """Open the file beside its place."""
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
         self._target = path.with_name(path.name + f".{trainer.global_rank}") if trainer.global_rank else path
         self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,14 +39,14 @@ class PredictionWriter(BasePredictionWriter):
         batch: Tensor,
         *_: Any,
     ) -> None:
-        """Add the batch's blocks; padding is left out."""
+        """Append a line per block of the batch; padding is left out."""
         for logprobs, block in zip(prediction.tolist(), batch[:, 1:].tolist(), strict=True):
             counted = [value for value, token in zip(logprobs, block, strict=True) if token != -100]
             if counted:
                 self._file.write(json.dumps({"loss": -sum(counted) / len(counted), "logprobs": counted}) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give it its name."""
+        """Give the whole file its name."""
         self._file.close()
         Path(self._file.name).replace(self._target)
         print(f"wrote {self._target}")

@@ -4,7 +4,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import _update_n
+
+from taperlit.training.lightning_compat import update_bar
 
 
 class StepProgressBar(TQDMProgressBar):
@@ -19,7 +20,7 @@ class StepProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate, leave=leave)
 
     def on_train_start(self, *args: Any) -> None:
-        """Open the bar."""
+        """Open the bar, at the step where the run is."""
         super().on_train_start(*args)
         trainer = self.trainer
         total = trainer.max_steps if trainer.max_steps > 0 else None
@@ -31,9 +32,9 @@ class StepProgressBar(TQDMProgressBar):
         """Leave the bar as it is: it spans epochs."""
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Move to the trainer's step."""
+        """Move the bar to the trainer's step."""
         step = trainer.global_step
         if step % self.refresh_rate == 0 or step == trainer.max_steps:
-            _update_n(self.train_progress_bar, step)
+            update_bar(self.train_progress_bar, step)
             metrics = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
             self.train_progress_bar.set_postfix(metrics)

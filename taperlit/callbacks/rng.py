@@ -1,7 +1,7 @@
 """Keep the random number generators with the checkpoint."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -20,8 +20,13 @@ class RngState(L.Callback):
     def __init__(self) -> None:
         self._saved: dict[str, Any] | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget an earlier fit's; what a checkpoint restores comes after this."""
+        if stage == "fit":
+            self._saved = None
+
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Restore, once; only now will nothing else draw before the step."""
+        """Restore the generators, once per fit: only now will nothing else draw before the step."""
         saved, self._saved = self._saved, None
         if saved is None:
             return
@@ -33,8 +38,8 @@ class RngState(L.Callback):
             torch.cuda.set_rng_state(saved["cuda"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The states by rank; every process must ask."""
-        name, keys, *rest = np.random.get_state()
+        """The generators' states by rank; every process must ask."""
+        name, keys, *rest = cast(tuple, np.random.get_state())
         mine = {
             "python": random.getstate(),
             "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
@@ -44,7 +49,7 @@ class RngState(L.Callback):
         return {"ranks": gather(mine)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep this process's for later."""
+        """Keep this process's states until the first step."""
         rank, world_size = _rank_of_process()
         if len(state_dict["ranks"]) == world_size:
             self._saved = state_dict["ranks"][rank]

@@ -1,0 +1,40 @@
+"""The plan of the run under way: callbacks write and read it at the model's gate and do not look for each other."""
+
+import lightning as L
+from torch import nn
+
+from taperlit.errors import TaperlitError
+from taperlit.norm import GatePlan, shared_gate, tapered_norms
+from taperlit.schedule import resolve_steps
+
+
+def forget_plan(pl_module: nn.Module) -> None:
+    """Clear what was announced at the gate, when a fit begins and when it ends, however it ends."""
+    for norm in tapered_norms(pl_module).values():
+        norm.gate.plan = GatePlan()
+
+
+def boundary_step(trainer: L.Trainer, pl_module: L.LightningModule, at: int | float | None, who: str) -> int:
+    """The step after which statistics freeze: ``at``, or the end of the warm-up that a GateSchedule announced.
+
+    Under ``fast_dev_run`` it is 1, so that its few steps go through the boundary.
+
+    Args:
+        trainer: of the run.
+        pl_module: whose gate bears the plan.
+        at: in steps (int) or as a fraction of ``max_steps`` (float).
+        who: asks, for the errors.
+
+    Raises:
+        TaperlitError: neither is there, or no step is left to gather statistics in.
+    """
+    gate = shared_gate(pl_module)
+    if at is not None:
+        boundary = 1 if trainer.fast_dev_run else resolve_steps(at, trainer.max_steps, f"{who}.at")
+    elif gate is not None and gate.plan.warmup is not None:
+        boundary = gate.plan.warmup
+    else:
+        raise TaperlitError(f"{who} needs to know when to freeze: add a GateSchedule to the callbacks, or give it at=.")
+    if boundary < 1:
+        raise TaperlitError(f"{who} has no steps to gather statistics in; make the gate's warm-up at least 1 step.")
+    return boundary
