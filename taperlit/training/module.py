@@ -138,6 +138,10 @@ class LanguageModel(L.LightningModule):
         loss = self.model(batch[:, :-1].clamp(min=0), targets, chunk_tokens=self.hparams.chunk_tokens)
         return loss, (targets != -100).sum()
 
+    def on_train_start(self) -> None:
+        """Drop what a tuner's trial steps left behind."""
+        self._losses.clear()
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         loss, _ = self.loss(batch)
