@@ -138,10 +138,6 @@ class LanguageModel(L.LightningModule):
         loss = self.model(batch[:, :-1].clamp(min=0), targets, chunk_tokens=self.hparams.chunk_tokens)
         return loss, (targets != -100).sum()
 
-    def on_train_start(self) -> None:
-        """Drop what a tuner's trial steps left behind."""
-        self._losses.clear()
-
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         loss, _ = self.loss(batch)
@@ -240,7 +236,8 @@ class LanguageModel(L.LightningModule):
         self._restored = True
 
     def on_train_start(self) -> None:
-        """Let a resumed run go on with the learning rate, betas and decay that it was given, not the checkpoint's."""
+        """Drop what a tuner's trial steps left; a resumed run goes on with the rates it was given, not the checkpoint's."""
+        self._losses.clear()
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         if self._restored and isinstance(schedules[0], LambdaLR):  # not while a tuner tries another
             adamw.apply_settings(self.trainer.optimizers[0], schedules[0], self._settings())
