@@ -236,7 +236,7 @@ class LanguageModel(L.LightningModule):
         self._restored = True
 
     def on_train_start(self) -> None:
-        """Drop what a tuner's trial steps left; a resumed run goes on with the rates it was given, not the checkpoint's."""
+        """Drop what a tuner's steps left; let a resumed run go on with the rates it was given, not the checkpoint's."""
         self._losses.clear()
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         if self._restored and isinstance(schedules[0], LambdaLR):  # not while a tuner tries another
