@@ -159,7 +159,7 @@ class Watch(Float64):
                 stack.callback(hook.remove)
             stack.callback(register_module_forward_pre_hook(self._enter).remove)
             stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
-            stack.enter_context(WideInputs())
+            stack.enter_context(WideInputs(self.met))
             stack.enter_context(self)
             stack.callback(self._forget)
             yield

@@ -65,6 +65,14 @@ class Copies(AbstractContextManager["Copies"]):
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> "Copies":
+        try:
+            self._copy()
+        except BaseException:  # memory may run out half-way
+            self._restore()
+            raise
+        return self
+
+    def _copy(self) -> None:
         gates = {module.value for module in self.model.modules() if isinstance(module, Gate)}  # they stay float32
         copies: dict[int, Tensor] = {}
         for tensor in {*self.model.parameters(), *self.model.buffers()}:
@@ -79,27 +87,39 @@ class Copies(AbstractContextManager["Copies"]):
                     copies[key].copy_(self.contents[key]())
             tensor.data = copies[key].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
             self.original[storage_of(tensor)] = key
-        return self
+
+    def _restore(self) -> None:
+        for tensor, data in self._before:
+            tensor.data = data
+        self._before.clear()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for tensor, data in self._before:
-            tensor.data = data
-        self._before.clear()
+        self._restore()
 
 
 class WideInputs(TorchFunctionMode):
     """Widens what functions are given before they look at its dtype; what they write into stays as it is.
 
     Many of torch's functions compare the dtypes of their arguments before any operation runs.
+
+    Args:
+        met: told every dtype that the model asks for.
     """
+
+    def __init__(self, met: Callable[[torch.dtype], None] = lambda dtype: None) -> None:
+        super().__init__()
+        self.met = met
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Call one function wide."""
         kwargs = kwargs or {}
         if any(isinstance(value, Tensor) and value.is_nested for value in args):
             raise NotImplementedError("a nested tensor")  # torch itself does not survive modes around these
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.dtype):
+                self.met(value)
         name = getattr(func, "__name__", "")
         writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name.startswith("__set")
         if not (writes or kwargs.get("out") is not None or kwargs.get("inplace")):
