@@ -63,12 +63,13 @@ def taper(
     tapered = [module for module in matching if isinstance(module, TaperNorm)]
     kinds, unknown = {}, {}
     for module, name in matching.items():
-        if isinstance(module, TaperNorm) or not _is_called_norm(module):
+        if isinstance(module, TaperNorm) or not (_is_called_norm(module) or _has_a_norms_parameters(module)):
             continue
         try:
             kinds[module] = recognise(module)
         except _NotANorm as reason:
-            unknown[name] = f"{name} ({type(module).__name__}: {reason})"
+            if _is_called_norm(module):
+                unknown[name] = f"{name} ({type(module).__name__}: {reason})"
     left = f"not tapered: {', '.join(unknown.values())}" if unknown else ""
     if not kinds and not tapered:
         known = [name for name, module in model.named_modules() if _is_called_norm(module)]
@@ -149,6 +150,13 @@ def _is_called_norm(module: nn.Module) -> bool:
     return bool(module._parameters or not module._modules) and any("norm" in name.removeprefix("_") for name in names)
 
 
+def _has_a_norms_parameters(module: nn.Module) -> bool:
+    """Whether a module is worth trying though its class is not called a norm: a leaf with gains, and maybe biases."""
+    parameters = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    gains = parameters.get("weight")
+    return gains is not None and gains.dim() == 1 and parameters.keys() <= {"weight", "bias"} and not module._modules
+
+
 @torch.no_grad()
 def recognise(module: nn.Module) -> NormKind:
     """Find what a norm computes by running a copy of it, with random gains, on random inputs.
@@ -203,7 +211,7 @@ def _random_copy(module: nn.Module) -> nn.Module:
 def _match(probe: nn.Module, shape: tuple[int, ...], has_weight: bool, has_bias: bool) -> NormKind:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, 3, *shape, generator=generator, dtype=torch.float64) + 0.7
-    declared = [getattr(probe, name) for name in _EPS_NAMES if isinstance(getattr(probe, name, None), float)]
+    declared = [getattr(probe, name) for name in _EPS_NAMES if isinstance(getattr(probe, name, ""), float | None)]
     inputs = (x, x * 1e-3)  # the second's mean square is of the size of an epsilon
     try:
         outputs = [probe(value) for value in inputs]
@@ -221,7 +229,8 @@ def _match(probe: nn.Module, shape: tuple[int, ...], has_weight: bool, has_bias:
             return h * (offset + weight), h.square().mean(dims, keepdim=True)
 
         for eps in declared or [_infer_eps(*scaled(inputs[1]), outputs[1] - bias)]:
-            expected = [h / (square + eps).sqrt() + bias for h, square in map(scaled, inputs)]
+            added = torch.finfo(x.dtype).eps if eps is None else eps
+            expected = [h / (square + added).sqrt() + bias for h, square in map(scaled, inputs)]
             if all((y - e).abs().max() <= _SAME * e.abs().max() for y, e in zip(outputs, expected, strict=True)):
                 return NormKind(shape, centred, offset, eps)
     raise _NotANorm("it computes neither an RMSNorm nor a LayerNorm")

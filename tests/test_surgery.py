@@ -606,3 +606,26 @@ def test_frozen_norms_miss_nothing():
     taper(model, optimizers=optimizer)
     assert missing_gains(model, [optimizer]) == []
     assert len(optimizer.param_groups[0]["params"]) == len(list(mixed().parameters()))
+
+
+class Rms(nn.Module):
+    """A norm whose class is not called one."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
+def test_a_norm_by_what_it_computes_and_not_by_its_name():
+    class OwnRMSNorm(nn.RMSNorm):
+        pass
+
+    model = nn.Sequential(Rms(8), nn.PReLU(8), OwnRMSNorm(8), nn.Linear(8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nn.PReLU has gains too, and is nobody's norm
+        assert taper(model) == ["0", "2"]
+    assert model[0].kind.eps == 1e-5
+    assert model[2].kind.eps is None  # the input's dtype decides, as in torch
