@@ -47,18 +47,20 @@ class Absorbed:
     def _scale(self, product: Product, old: Tensor, new: Tensor) -> None:
         if product.whole and (target := product.weight.view(new)) is not None:
             part = product.parts[0]
-            gain, _ = self.maps[part.norm]
-            target.mul_(gain[part.features.to(new.device)][:, :, None])  # (batch, K, O)
+            target.mul_(self._gain(part, new.device)[part.features.to(new.device)][:, :, None])  # (batch, K, O)
             if self.watch.norms[part.norm].centred:
                 target.sub_(target.mean(1, keepdim=True))
             return
         for part in product.parts:
-            gain, _ = self.maps[part.norm]
+            gain = self._gain(part, old.device)
             for index, features in self._matrices(product.weight, part, old.device):
                 weight = old[index] * gain[features][:, None]
                 if self.watch.norms[part.norm].centred:
                     weight = weight - weight.mean(0, keepdim=True)
                 self._put(new, index, weight, product)
+
+    def _gain(self, part: Part, device: torch.device) -> Tensor:
+        return self.maps[part.norm][0].to(device)  # a norm may lie elsewhere than what absorbs it
 
     @staticmethod
     def _matrices(weight: Elements, part: Part, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,21 +73,21 @@ class Absorbed:
         old = self.old[product.weight.storage]
         if product.whole and (weight := product.weight.view(old)) is not None:
             part = product.parts[0]
-            return torch.einsum("bk,bko->bo", cast(Tensor, self.maps[part.norm][1])[part.features], weight.double())
+            bias = cast(Tensor, self.maps[part.norm][1]).to(old.device)
+            return torch.einsum("bk,bko->bo", bias[part.features.to(old.device)], weight.double())
         rows = []
         for part in product.parts:
-            _, bias = self.maps[part.norm]
-            if bias is None:
+            if (own := self.maps[part.norm][1]) is None:
                 continue
+            bias = own.to(old.device)
             matrices = self._matrices(product.weight, part, old.device)
             rows.append(torch.stack([bias[features] @ old[index].double() for index, features in matrices]))
         return torch.stack(rows).sum(0)
 
     def _put(self, new: Tensor, index: Tensor, values: Tensor, product: Product) -> None:
         new[index] = values
-        if not torch.equal(new[index], values) and not torch.allclose(
-            new[index], values, rtol=1e-12, atol=0.0
-        ):  # an element that is used twice
+        read = new[index]
+        if not torch.equal(read, values) and not torch.allclose(read, values, rtol=1e-12, atol=0.0):  # used twice
             name = self.watch.name_of(product.weight, product.module)
             raise TaperlitError(
                 f"{product.parts[0].norm} feeds {name}, which uses one number for several features, so it cannot be "
@@ -95,9 +97,9 @@ class Absorbed:
     @contextmanager
     def stored(self) -> Iterator[None]:
         """Write the new values into the parameters; if anything is raised inside, the old ones again."""
-        for storage in self.old:
-            self._flat(storage).copy_(self.new(storage))
         try:
+            for storage in self.old:
+                self._flat(storage).copy_(self.new(storage))
             yield
         except BaseException:
             for storage, old in self.old.items():
