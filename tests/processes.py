@@ -1,5 +1,6 @@
 """Runs of the command line in processes of their own, forked from one that has imported everything already."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -84,8 +85,9 @@ class Run:
     def kill(self) -> None:
         """Kill -9 those that are left."""
         for process in self.processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may end just now
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGKILL)
         self.wait()
 
     def succeed(self) -> None:
