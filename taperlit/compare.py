@@ -20,19 +20,15 @@ class Changed(Exception):
 
 def outputs_of(
     model: nn.Module, run: Run, contexts: Callable[[], list[AbstractContextManager[object]]], fused: bool = False
-) -> tuple[object, list[Tensor]]:
-    """What a run returns, and the tensors in it. Gradients are off, unless the run cannot do without them."""
-    for gradients in (torch.no_grad(), torch.enable_grad()):
-        try:
-            result = run_quietly(model, run, *contexts(), gradients, fused=fused)
-        except TaperlitError:
-            raise
-        except Exception:  # whatever a stranger's forward raises
-            if isinstance(gradients, torch.enable_grad):
-                raise
-        else:
-            return result, [_dense(tensor) for tensor in tensors_of(result) if not tensor.is_meta]
-    raise AssertionError("unreachable")
+) -> list[Tensor]:
+    """The tensors in what a run returns. Gradients are off, unless the run cannot do without them."""
+    try:
+        result = run_quietly(model, run, *contexts(), torch.no_grad(), fused=fused)
+    except TaperlitError:
+        raise
+    except Exception:  # it may want gradients; if it is not that, it says so again
+        result = run_quietly(model, run, *contexts(), torch.enable_grad(), fused=fused)
+    return [_dense(tensor) for tensor in tensors_of(result) if not tensor.is_meta]
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -42,12 +38,12 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def own_outputs(model: nn.Module, run: Run) -> list[Tensor]:
     """A run's outputs in the model's own precision, by whichever path of torch's it would take."""
-    return outputs_of(model, run, lambda: [Copies(model, wide=False)], fused=True)[1]
+    return outputs_of(model, run, lambda: [Copies(model, wide=False)], fused=True)
 
 
 def wide_outputs(model: nn.Module, run: Run, contents: dict[int, Callable[[], Tensor]]) -> list[Tensor]:
     """A run's outputs in float64, of the folded weights as they are before they are rounded."""
-    return outputs_of(model, run, lambda: [Copies(model, True, contents), WideInputs(), Float64()])[1]
+    return outputs_of(model, run, lambda: [Copies(model, True, contents), WideInputs(), Float64()])
 
 
 def require_numbers(outputs: Iterable[list[Tensor]]) -> None:

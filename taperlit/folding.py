@@ -230,7 +230,7 @@ def _watch(model: nn.Module, runs: Iterable[Run]) -> tuple[Watch, list[list[Tens
     watch, outputs = Watch(model), []
     for run in runs:
         try:
-            tensors = outputs_of(model, partial(watch.returned, run), lambda: [watch.watching()])[1]
+            tensors = outputs_of(model, partial(watch.returned, run), lambda: [watch.watching()])
         except TaperlitError:
             raise
         except Exception as error:  # whatever a stranger's forward raises
