@@ -2,34 +2,14 @@
 
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from taperlit.consumers import Watch, run_quietly
+from taperlit.consumers import Watch
 from taperlit.errors import TaperlitError
 from taperlit.float64 import storage_of
 from taperlit.products import Elements, Feeds, Product, Read
-
-
-def find_consumers(model: nn.Module, *runs: Callable[[], object]) -> dict[str, Feeds]:
-    """Find what every TaperNorm of a model feeds, by watching forward passes.
-
-    Args:
-        model: in any state; it is put into eval mode for the passes.
-        *runs: each runs the model once, on real or made input, and returns its output.
-
-    Returns:
-        A :class:`Feeds` per norm, by name.
-
-    Raises:
-        TaperlitError: a norm did not run.
-    """
-    watch = Watch(model)
-    for run in runs:
-        run_quietly(model, partial(watch.returned, run), watch.watching())
-    return resolve(watch)
 
 
 def resolve(watch: Watch, scaled: Iterable[str] = ()) -> dict[str, Feeds]:

@@ -47,8 +47,7 @@ def taper(
         The names of the norms that are newly tapered; of a norm with several names the first.
 
     Raises:
-        TaperlitError: no norm matches, the gate of norms tapered before is not 1, or an optimizer that exists holds a
-            norm's parameter no more.
+        TaperlitError: no norm matches, or one would join norms whose gate is not 1 any more.
 
     Warns:
         UserWarning: modules called norms that match, but compute something else, are left alone; they are named.

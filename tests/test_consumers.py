@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from taperlit.conflicts import find_consumers
+from taperlit.conflicts import resolve
+from taperlit.consumers import Watch, run_quietly
 from taperlit.errors import TaperlitError
 from taperlit.norm import shared_gate
 from taperlit.surgery import taper
@@ -24,6 +25,13 @@ class Odd(nn.Module):
         both = self.both(y)
         y = self.b(both) + both
         return self.product(y) @ self.conv
+
+
+def find_consumers(model, run):
+    """What every norm feeds in one run."""
+    watch = Watch(model)
+    run_quietly(model, lambda: watch.returned(run), watch.watching())
+    return resolve(watch)
 
 
 @pytest.fixture
