@@ -1,1 +1,6 @@
-"""Autoregressive decoding: sampling, the loop over the KV cache, text as it comes."""
+"""Autoregressive decoding: the engine and its cache, sampling, the loop, text as it comes."""
+
+from taperlit.decode.engine import Engine
+from taperlit.decode.sampling import Sampling
+
+__all__ = ["Engine", "Sampling"]

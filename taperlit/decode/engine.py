@@ -1,0 +1,218 @@
+"""The decoding engine: built once from a model, it owns its cache; prefill, then one token per row and step."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from taperlit.compare import largest_difference
+from taperlit.decode.cache import Cache
+from taperlit.decode.decoder import read_decoder
+from taperlit.decode.graph import captured
+from taperlit.decode.layout import Layout, fastest_layout
+from taperlit.decode.loop import Decoding, Prompts, as_lists
+from taperlit.decode.norms import RmsForm, fastest_rms_form
+from taperlit.errors import TaperlitError
+from taperlit.transformer import Transformer, TransformerConfig
+
+Backend = Literal["eager", "compile"]
+CHECKED_TOKENS = 8
+
+
+class Engine(Decoding):
+    """Decodes with a model of ours, normalized, tapered or folded; the same code runs for all three.
+
+    Example::
+
+        engine = Engine(model, batch_size=2)
+        texts = engine.generate([[5, 7, 11], [2]], max_new_tokens=20)
+
+    Weights are read when the engine is built: q/k/v and gate/up become one product each. When it is built it compares
+    itself with the model's own forward pass on a few tokens.
+
+    Args:
+        model: a :class:`taperlit.Transformer`: plain, with its gate at 1 or 0, or folded.
+        batch_size: rows decoded together.
+        length: most tokens per row, prompt included; None is the model's ``block_size``.
+        device: where it runs; None is the model's.
+        dtype: of weights and activations; None is the model's.
+        backend: ``eager``; or ``compile``, by ``torch.compile`` with static shapes, and on a GPU as a CUDA graph;
+            ``auto`` is ``compile`` on a GPU and ``eager`` elsewhere.
+        layout: how matrices lie in memory; ``auto`` measures.
+        rms_form: which operations compute an RMSNorm; ``auto`` measures, and is ``fused`` where it is compiled.
+
+    Attributes:
+        cache: keys and values; float32 on the CPU, where attention in half precision is several times slower.
+
+    Raises:
+        TaperlitError: a model or a part of it that decoding does not know, a gate between 1 and 0, a ``length`` beyond
+            the model's context, or outputs that differ from the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int = 1,
+        length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: Backend | Literal["auto"] = "auto",
+        layout: Layout | Literal["auto"] = "auto",
+        rms_form: RmsForm | Literal["auto"] = "auto",
+    ) -> None:
+        if not isinstance(model, Transformer):
+            raise TaperlitError(f"The decoding engine takes taperlit's Transformer, not a {type(model).__name__}.")
+        self.config = config = model.config
+        self.vocab_size = config.vocab_size
+        self.device = torch.device(device) if device is not None else model.tok_embed.weight.device
+        self.dtype = dtype if dtype is not None else model.tok_embed.weight.dtype
+        self.batch_size, self.length = batch_size, config.block_size if length is None else length
+        if batch_size < 1:
+            raise TaperlitError(f"batch_size must be at least 1, not {batch_size}.")
+        if not 1 <= self.length <= config.block_size:
+            raise TaperlitError(
+                f"A length of {self.length} tokens is outside the model's context; give 1 to {config.block_size}."
+            )
+        if backend == "auto":
+            backend = "compile" if self.device.type == "cuda" else "eager"
+        self.backend: Backend = backend
+        self.layout: Layout = (
+            fastest_layout(config, batch_size, self.device, self.dtype) if layout == "auto" else layout
+        )
+        if rms_form == "auto":
+            like = torch.ones(batch_size, config.d_model, device=self.device, dtype=self.dtype)
+            rms_form = "fused" if backend == "compile" else fastest_rms_form(like)
+        self.rms_form: RmsForm = rms_form
+        self.decoder = read_decoder(model, self.device, self.dtype, self.layout, rms_form)
+        self.cache = Cache(config, batch_size, self.length, self.device, self.cache_dtype(self.device, self.dtype))
+        self.filled = 0  # slots
+        self._pad = torch.zeros(batch_size, dtype=torch.int64, device=self.device)  # slots left of each prompt
+        self._mask: Tensor | None = None  # (B, 1, 1, S) for eager steps, where prompts were padded
+        self._slot = torch.zeros(1, dtype=torch.int64, device=self.device)  # where static steps write next
+        self._slots = torch.arange(self.cache.slots, device=self.device)
+        self._step: Callable[[Tensor], Tensor] = self._step_eager
+        if backend == "compile":
+            with torch.inference_mode():
+                self._step = captured(self._step_static, torch.zeros_like(self._pad))
+        self._check(model)
+
+    @staticmethod
+    def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of keys and values for a model's."""
+        return torch.float32 if device.type == "cpu" else dtype
+
+    @classmethod
+    def cache_bytes(
+        cls, config: TransformerConfig, batch_size: int, length: int, device: torch.device, dtype: torch.dtype
+    ) -> int:
+        """What an engine's cache takes, without building one."""
+        return Cache.bytes(config, batch_size, length, cls.cache_dtype(device, dtype))
+
+    def bytes_per_step(self) -> int:
+        """Bytes that the next step reads at least: all weights, and the keys and values that it attends to."""
+        slots = self.filled + 1 if self.backend == "eager" else self.cache.slots
+        return sum(t.nbytes for t in self.decoder.tensors()) + self.cache.storage[:, :, :, :slots].nbytes
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Prompts) -> Tensor:
+        """Read one prompt per row, from an empty cache.
+
+        Args:
+            prompts: (B, T) token ids, or B lists of them; shorter ones are padded on the left.
+
+        Returns:
+            (B, vocab_size) logits of the token after each prompt.
+
+        Raises:
+            TaperlitError: not ``batch_size`` prompts, an empty one, one longer than ``length``, or ids that the model
+                does not have.
+        """
+        rows = as_lists(prompts)
+        if len(rows) != self.batch_size:
+            raise TaperlitError(f"The engine was built for {self.batch_size} prompts at a time, not {len(rows)}.")
+        self.check(rows)
+        T = max(map(len, rows))
+        pads = [T - len(row) for row in rows]
+        tokens = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)], device=self.device)
+        self._pad.copy_(torch.tensor(pads))
+        self._slot.fill_(T)
+        self._mask = mask = None
+        position = torch.arange(T, device=self.device).expand(self.batch_size, T)
+        if any(pads):
+            pad, slots = self._pad[:, None, None, None], self._slots
+            position = (position - self._pad[:, None]).clamp(min=0)
+            self._mask = torch.zeros(
+                self.batch_size, 1, 1, len(slots), device=self.device, dtype=self.cache.storage.dtype
+            )
+            self._mask.masked_fill_(slots < pad, -torch.inf)
+            # A token of the padding sees itself, so that it has a value that is not NaN; nothing else sees it.
+            key, query = slots[:T], slots[:T, None]
+            mask = (key <= query) & (key >= pad) | (key == query)
+        if self.backend == "compile":
+            self.cache.storage.zero_()  # static steps read all slots, and a NaN times 0 is NaN
+        x = self.decoder.hidden(tokens.flatten(), position.flatten(), self.cache.attend_prompt(T, mask))
+        self.filled = T
+        return self.decoder.logits(x.view(self.batch_size, T, -1)[:, -1])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token per row.
+
+        Args:
+            tokens: (B,) token ids, on the engine's device.
+
+        Returns:
+            (B, vocab_size) logits of the next ones. On a GPU the next step overwrites them.
+
+        Raises:
+            TaperlitError: nothing was prefilled, or the cache is full.
+        """
+        if not self.filled:
+            raise TaperlitError("The engine has read no prompt; call prefill first.")
+        if self.filled == self.length:
+            raise TaperlitError(
+                f"The context of {self.length} tokens is full; the model's is {self.config.block_size}."
+            )
+        logits = self._step(tokens)
+        self.filled += 1
+        return logits
+
+    def _step_eager(self, tokens: Tensor) -> Tensor:
+        slot, mask = self.filled, self._mask
+        position: Tensor | int = slot
+        if mask is not None:
+            position, mask = slot - self._pad, mask.narrow(3, 0, slot + 1)
+        return self.decoder.logits(self.decoder.hidden(tokens, position, self.cache.attend(slot, mask)))
+
+    def _step_static(self, tokens: Tensor) -> Tensor:
+        """A step whose place is on the device, so that one graph serves all steps."""
+        seen = (self._slots <= self._slot) & (self._slots >= self._pad[:, None])  # (B, S)
+        attend = self.cache.attend_static(self._slot, seen[:, None, None])
+        x = self.decoder.hidden(tokens, self._slot - self._pad, attend)
+        self._slot.add_(1)
+        return self.decoder.logits(x)
+
+    @torch.no_grad()
+    def _check(self, model: Transformer) -> None:
+        """Compare with the model's own forward pass: whatever was put on it that was not read, a hook say, shows here.
+
+        Raises:
+            TaperlitError: they differ by more than the rounding of the dtype.
+        """
+        T = min(CHECKED_TOKENS, self.length)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.vocab_size, (self.batch_size, T), generator=generator)
+        wanted = model(tokens.to(model.tok_embed.weight.device)).to(self.device)
+        got = [self.prefill(tokens[:, : max(T - 1, 1)])]
+        if T > 1:
+            got.append(self.step(tokens[:, -1].to(self.device)))
+        self.filled = 0
+        difference = largest_difference(torch.stack(got, 1), wanted[:, -len(got) :])
+        if not difference <= 3 * math.sqrt(torch.finfo(self.dtype).eps):
+            raise TaperlitError(
+                f"The decoding engine's logits differ from the model's own by {difference:.2g}: something was put on "
+                "the model that decoding does not read, a forward hook say; remove it."
+            )

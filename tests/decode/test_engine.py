@@ -1,0 +1,313 @@
+"""Decoding with a cache gives the tokens of full forward passes without one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from taperlit.decode.engine import Engine
+from taperlit.decode.sampling import Sampling
+from taperlit.errors import TaperlitError
+from taperlit.folding import fold
+from taperlit.norm import shared_gate, tapered_norms
+from taperlit.surgery import taper
+from taperlit.transformer import PRESETS, Transformer, TransformerConfig
+
+SMALL = dict(vocab_size=97, block_size=24, n_layer=2, d_model=32, d_ff=48)
+KINDS = ("normalized", "explicit", "folded")
+
+
+def build(kind, preset="small_1m", names=("*",), **changes) -> Transformer:
+    """A small model of a preset's architecture, with weights large enough for logits that tell tokens apart."""
+    config = TransformerConfig.from_preset(preset, **{**SMALL, **changes})
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.25)
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    if kind != "normalized":
+        taper(model, names)
+        shared_gate(model).set(0.0)
+        with torch.no_grad():
+            for norm in tapered_norms(model).values():
+                norm.alignment.fill_(0.7)
+                norm.taper_weight.add_(0.3 * torch.randn_like(norm.taper_weight))
+    if kind == "folded":
+        fold(model, lambda: model(torch.arange(12)[None]))
+    return model
+
+
+@torch.no_grad()
+def greedy(model, prompt, n) -> list[int]:
+    """Greedy tokens of whole forward passes, no cache."""
+    tokens = torch.tensor([prompt])
+    for _ in range(n):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+def prompts_of(lengths, vocab=97):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_tokens_of_every_preset_are_those_of_full_passes(preset, kind):
+    heads = PRESETS[preset].get("n_head", 12)
+    kv = PRESETS[preset].get("n_kv_head", heads)
+    # As many queries per key as the preset has, at two heads' width.
+    model = build(kind, preset, n_head=4 if kv < heads else 2, n_kv_head=2)
+    prompts = prompts_of([5, 1, 9])
+    engine = Engine(model, batch_size=3, layout="columns", rms_form="composed")
+    assert engine.generate(prompts, 10) == [greedy(model, prompt, 10) for prompt in prompts]
+
+
+CASES = [
+    build(kind, preset, n_head=4, n_kv_head=n_kv_head)
+    for kind in KINDS
+    for preset, n_kv_head in (("small_1m", 1), ("gpt2_124m", 4))
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=st.sampled_from(CASES),
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=8),
+    layout=st.sampled_from(["rows", "columns"]),
+    form=st.sampled_from(["fused", "composed"]),
+)
+def test_any_batch_of_prompts(case, lengths, layout, form):
+    prompts = prompts_of(lengths)
+    engine = Engine(case, batch_size=len(lengths), layout=layout, rms_form=form)
+    room = 24 - max(lengths) + 1
+    for _ in range(2):  # the second time on a used cache
+        assert engine.generate(prompts, 24) == [greedy(case, prompt, room) for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_logits(kind):
+    model = build(kind, n_head=4, n_kv_head=2).double()
+    tokens = torch.randint(97, (2, 12))
+    engine = Engine(model, batch_size=2, dtype=torch.float32)
+    got = [engine.prefill(tokens[:, :7]), *(engine.step(tokens[:, i]) for i in range(7, 12))]
+    with torch.no_grad():
+        wanted = model(tokens)[:, 6:]
+    torch.testing.assert_close(torch.stack(got, 1).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", ["small_1m", "gpt2_124m"])
+def test_half_precision_is_near_float32(preset, dtype):
+    model = build("folded", preset, n_head=4)
+    tokens = torch.randint(97, (2, 12))
+    engine = Engine(model, batch_size=2, dtype=dtype)
+    got = [engine.prefill(tokens[:, :7]), *(engine.step(tokens[:, i]) for i in range(7, 12))]
+    assert got[0].dtype == dtype
+    with torch.no_grad():
+        wanted = model(tokens)[:, 6:]
+        rounded = model.to(dtype)(tokens)[:, 6:].float()
+    # No further from the truth than the model itself is in that precision, give or take.
+    ours, models = ((x - wanted).abs().mean() for x in (torch.stack(got, 1).float(), rounded))
+    assert ours < 1.5 * models
+
+
+def llama(model: Transformer):
+    config = model.config
+    other = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            num_key_value_heads=config.n_kv_head,
+            max_position_embeddings=config.block_size,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tied,
+        )
+    ).eval()
+    names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    state = {"model.embed_tokens.weight": model.tok_embed.weight, "model.norm.weight": model.final_norm.weight}
+    for i, block in enumerate(model.blocks):
+        for name, value in block.state_dict().items():
+            part, _, rest = name.partition(".")
+            part = names.get(part, {"attn": "self_attn"}.get(part, part))
+            state[f"model.layers.{i}.{part}.{rest}"] = value
+    state["lm_head.weight"] = model.head.weight
+    other.load_state_dict(state)
+    return other
+
+
+def gpt2(model: Transformer):
+    config = model.config
+    other = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.block_size,
+            n_embd=config.d_model,
+            n_inner=config.d_ff,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            layer_norm_epsilon=config.norm_eps,
+        )
+    ).eval()
+    state = {
+        "transformer.wte.weight": model.tok_embed.weight,
+        "transformer.wpe.weight": model.pos_embed.weight,
+        "lm_head.weight": model.head.weight,
+    }
+    for leaf in ("weight", "bias"):
+        state[f"transformer.ln_f.{leaf}"] = getattr(model.final_norm, leaf)
+        for i, block in enumerate(model.blocks):
+            at = f"transformer.h.{i}"
+            attn = [getattr(getattr(block.attn, name), leaf) for name in ("q_proj", "k_proj", "v_proj")]
+            state[f"{at}.ln_1.{leaf}"] = getattr(block.attn_norm, leaf)
+            state[f"{at}.ln_2.{leaf}"] = getattr(block.mlp_norm, leaf)
+            state[f"{at}.attn.c_attn.{leaf}"] = torch.cat(attn) if leaf == "bias" else torch.cat(attn).T
+            for name, module in (
+                ("attn.c_proj", block.attn.o_proj),
+                ("mlp.c_fc", block.mlp.up_proj),
+                ("mlp.c_proj", block.mlp.down_proj),
+            ):
+                value = getattr(module, leaf)
+                state[f"{at}.{name}.{leaf}"] = value if leaf == "bias" else value.T
+    other.load_state_dict(state, strict=False)
+    return other
+
+
+@pytest.mark.parametrize(("preset", "convert"), [("small_1m", llama), ("gpt2_124m", gpt2)])
+def test_tokens_are_those_of_transformers(preset, convert):
+    model = build("normalized", preset, n_head=4)
+    other = convert(model)
+    tokens = torch.tensor(prompts_of([6, 6]))
+    with torch.no_grad():
+        torch.testing.assert_close(other(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
+    wanted = other.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=15, do_sample=False, eos_token_id=None
+    )
+    assert Engine(model, batch_size=2).generate(tokens, 15) == wanted[:, 6:].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preset", ["small_1m", "gpt2_124m"])
+def test_compiled_steps_give_the_same_tokens(preset, kind):
+    model = build(kind, preset, n_head=4)
+    engine = Engine(model, batch_size=3, backend="compile")
+    for lengths in ([4, 9, 2], [3, 3, 3]):
+        prompts = prompts_of(lengths)
+        assert engine.generate(prompts, 12) == [greedy(model, prompt, 12) for prompt in prompts]
+
+
+def test_static_steps_give_the_same_logits():
+    model = build("explicit", n_head=4, n_kv_head=2)
+    eager, static = Engine(model, batch_size=2), Engine(model, batch_size=2)
+    static._step, static.backend = static._step_static, "compile"  # what is compiled, run as it is
+    prompts = prompts_of([3, 8])
+    torch.testing.assert_close(static.prefill(prompts), eager.prefill(prompts))
+    for _ in range(6):
+        tokens = torch.randint(97, (2,))
+        with torch.inference_mode():
+            torch.testing.assert_close(static.step(tokens), eager.step(tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_stop_tokens_end_their_rows():
+    model = build("folded", n_head=4)
+    prompts = prompts_of([4, 7])
+    first, second = (greedy(model, prompt, 12) for prompt in prompts)
+    engine = Engine(model, batch_size=2)
+    at = max(first.index(token) for token in first)  # the latest that has not come before
+    stop = first[at]
+    cut = [row[: row.index(stop)] if stop in row else row for row in (first, second)]
+    assert engine.generate(prompts, 12, stop=[stop, 96]) == cut
+    blocks = list(engine.stream(prompts[:1], 12, stop=[stop]))
+    assert torch.cat(blocks).tolist() == [[token] for token in [*first[:at], -1]]  # and then no step more
+
+
+def test_seeds_and_filters():
+    model = build("folded", n_head=4)
+    engine = Engine(model, batch_size=4)
+    prompts = prompts_of([4, 7, 2])
+    sampling = Sampling(temperature=1.3, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    draws = [engine.generate(prompts, 12, sampling, seed=seed) for seed in (1, 1, 2, None, None)]
+    assert draws[0] == draws[1] != draws[2]
+    assert draws[3] != draws[4]
+    assert [len(row) for row in draws[0]] == [12, 12, 12]
+    assert engine.generate(prompts, 12, Sampling(temperature=1.0, top_k=1), seed=0) == [
+        greedy(model, prompt, 12) for prompt in prompts
+    ]
+
+
+def test_a_strong_penalty_repeats_nothing():
+    model = build("folded", n_head=4)
+    (row,) = Engine(model).generate([[3, 5, 8]], 20, Sampling(temperature=0, repetition_penalty=1e6))
+    assert len({3, 5, 8, *row}) == 23
+
+
+def test_the_cache_grows_no_further_than_the_context():
+    engine = Engine(build("folded", n_head=4), length=10)
+    assert len(engine.generate([[1] * 6], 100)[0]) == 5  # the last of them need not be read
+    engine.prefill([[1] * 10])
+    with pytest.raises(TaperlitError, match="context of 10 tokens is full"):
+        engine.step(torch.tensor([1]))
+
+
+def test_cache_bytes_are_what_is_taken():
+    model = build("folded", n_head=4, n_kv_head=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(model, batch_size=3, length=20, dtype=dtype)
+        assert engine.cache.storage.nbytes == Engine.cache_bytes(model.config, 3, 20, engine.device, dtype)
+
+
+@pytest.mark.parametrize(
+    ("work", "words"),
+    [
+        (lambda model: Engine(model, length=25), "length of 25 tokens is outside .* give 1 to 24"),
+        (lambda model: Engine(model, batch_size=0), "batch_size must be at least 1"),
+        (lambda model: Engine(model).step(torch.tensor([1])), "read no prompt; call prefill"),
+        (lambda model: Engine(model).prefill([[]]), "no tokens"),
+        (lambda model: Engine(model).prefill([[1] * 25]), "25 tokens is longer than the 24"),
+        (lambda model: Engine(model).prefill([[97]]), "outside of 0 to 96"),
+        (lambda model: Engine(model).prefill([[1], [2]]), "built for 1 prompts"),
+        (lambda model: Engine(model).generate([[1], [2]], 3), "1 to 1 prompts at a time, not 2"),
+        (lambda model: Engine(model).generate([[1]], 0), "max_new_tokens"),
+        (lambda model: Engine(nn.Linear(3, 3)), "not a Linear"),
+    ],
+)
+def test_refusals(work, words):
+    model = build("folded", n_head=4)
+    with pytest.raises(TaperlitError, match=words):
+        work(model)
+
+
+def test_a_half_open_gate_is_refused():
+    model = build("explicit", n_head=4)
+    shared_gate(model).set(0.25)
+    with pytest.raises(TaperlitError, match=r"attn_norm is half tapered \(its gate is 0.25\)"):
+        Engine(model)
+
+
+def test_what_was_put_on_the_model_is_not_passed_over():
+    model = build("folded", n_head=4)
+    handle = model.blocks[1].mlp.register_forward_hook(lambda module, args, out: 1.5 * out)
+    with pytest.raises(TaperlitError, match="differ from the model's own"):
+        Engine(model)
+    handle.remove()
+    Engine(model)
+    model.blocks[0].attn.q_proj = nn.Sequential(model.blocks[0].attn.q_proj)
+    with pytest.raises(TaperlitError, match=r"blocks\.0\.attn\.q_proj is a Sequential"):
+        Engine(model)
+
+
+def test_weights_that_are_not_finite_give_no_token():
+    model = build("folded", n_head=4)
+    engine = Engine(model)
+    engine.decoder.head.weight[:] = torch.nan
+    with pytest.raises(TaperlitError, match="not finite"):
+        engine.generate([[1, 2]], 3)
