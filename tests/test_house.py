@@ -69,7 +69,7 @@ def test_the_imports_make_no_circle():
     except CycleError as error:
         pytest.fail(f"a circle: {' -> '.join(reversed(error.args[1]))}")
     assert set(order) == set(FILES)
-    assert {"taperlit.norm", "taperlit.folding", "taperlit.decode.generate"} < set(INNER)
+    assert {"taperlit.norm", "taperlit.folding", "taperlit.decode.engine"} < set(INNER)
     assert order.index("taperlit.norm") < order.index("taperlit.folding") < order.index("taperlit.cli.train")
 
 

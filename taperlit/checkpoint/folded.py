@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from taperlit.checkpoint.assign import ModuleT, assign, build_hollow, tied_names
 from taperlit.checkpoint.atomic import recover, stamp, write_directory
-from taperlit.checkpoint.reader import open_checkpoint, read_weights
-from taperlit.checkpoint.sharded import META
 from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
 from taperlit.structure import Structure, apply_structure, owner
@@ -158,6 +156,9 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
     Raises:
         TaperlitError: as :func:`taperlit.checkpoint.reader.read_checkpoint`, or its weights do not fit its own config.
     """
+    # Imported here, as it takes a good part of a second, which a folded model need not wait for.
+    from taperlit.checkpoint.reader import open_checkpoint, read_weights
+
     path = Path(path)
     recover(path)
     before = stamp(path) if path.exists() else None  # open_checkpoint says what is wrong
@@ -187,7 +188,7 @@ def load_model(path: str | Path) -> LoadedModel:
     """
     path = Path(path)
     recover(path)
-    if not path.is_dir() or (path / META).exists():
+    if not path.is_dir() or _is_sharded(path):
         return load_checkpoint(path)
     before = _stamps(path)
     config = _read_config(path)
@@ -227,13 +228,22 @@ def _load(
     return model.eval()
 
 
+def _is_sharded(directory: Path) -> bool:
+    """Whether a directory is a sharded checkpoint; one that holds a folded model is known without the slow import."""
+    if (directory / "config.json").exists():
+        return False
+    from taperlit.checkpoint.sharded import META
+
+    return (directory / META).exists()
+
+
 def _stamps(directory: Path) -> dict[str, tuple[int, ...]]:
     return {path.name: stamp(path) for path in directory.glob("*")}
 
 
 def _read_config(directory: Path) -> Config:
     path = directory / "config.json"
-    if (directory / META).exists() or directory.is_file():
+    if directory.is_file() or _is_sharded(directory):
         raise TaperlitError(f"{directory} is not a folded model's directory; fold the checkpoint first.")
     try:
         config = json.loads(path.read_text())

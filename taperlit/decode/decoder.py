@@ -174,7 +174,7 @@ def read_decoder(model: nn.Module, device: torch.device, dtype: torch.dtype, lay
     """Read a model once.
 
     Args:
-        model: our ``Transformer``: plain, tapered with its gate at 1 or 0, or folded.
+        model: our ``Transformer``: plain, tapered, or folded.
         device: of the tensors.
         dtype: of the tensors.
         layout: of the matrices.

@@ -33,7 +33,7 @@ class Engine(Decoding):
     itself with the model's own forward pass on a few tokens.
 
     Args:
-        model: a :class:`taperlit.Transformer`: plain, with its gate at 1 or 0, or folded.
+        model: a :class:`taperlit.Transformer`: plain, tapered, or folded.
         batch_size: rows decoded together.
         length: most tokens per row, prompt included; None is the model's ``block_size``.
         device: where it runs; None is the model's.
@@ -47,8 +47,8 @@ class Engine(Decoding):
         cache: keys and values; float32 on the CPU, where attention in half precision is several times slower.
 
     Raises:
-        TaperlitError: a model or a part of it that decoding does not know, a gate between 1 and 0, a ``length`` beyond
-            the model's context, or outputs that differ from the model's.
+        TaperlitError: a model or a part of it that decoding does not know, a ``length`` beyond the model's context, or
+            outputs that differ from the model's.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What is left of a norm when a model decodes: a normalization, a linear map, or nothing."""
+"""What a norm is when a model decodes: a normalization, a linear map, a blend of them, or nothing."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taperlit.decode.clock import fastest
 from taperlit.errors import TaperlitError
-from taperlit.norm import Affine, Phase, TaperNorm
+from taperlit.norm import Affine, TaperNorm
 
 RmsForm = Literal["fused", "composed"]
 """``fused`` is :func:`torch.nn.functional.rms_norm`, one kernel on a GPU and when compiled, but six operations behind
@@ -81,13 +81,26 @@ class LinearMap:
 Norm = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Blend:
+    """A norm on its way: ``y = gate * norm(x) + (1 - gate) * linear(x)``."""
+
+    norm: Norm
+    linear: LinearMap
+    gate: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map the rows of ``x`` (N, d_model)."""
+        return torch.lerp(self.linear(x), self.norm(x), self.gate)
+
+
 def read_norm(name: str, module: nn.Module, like: Tensor, form: RmsForm) -> Norm | None:
     """How the engine computes one norm of a model.
 
     Args:
         name: of the norm, for the error.
-        module: a torch norm, a TaperNorm of ours with its gate at 1 or 0, an :class:`taperlit.norm.Affine`, or the
-            identity that folding leaves.
+        module: a torch norm, a TaperNorm of ours, an :class:`taperlit.norm.Affine`, or the identity that folding
+            leaves.
         like: (N, d_model) rows such as it will see; gives device and dtype.
         form: how an RMSNorm is computed.
 
@@ -95,44 +108,35 @@ def read_norm(name: str, module: nn.Module, like: Tensor, form: RmsForm) -> Norm
         The norm, or None where nothing is left of it.
 
     Raises:
-        TaperlitError: it is something else, or its gate is between 1 and 0.
+        TaperlitError: it is something else.
     """
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(like)
+    def cast(tensor: Tensor | None, times: Tensor | float = 1.0, plus: float = 0.0) -> Tensor | None:
+        return None if tensor is None else ((tensor.detach().double() + plus) * times).to(like)
+
+    def normalization(weight: Tensor | None, bias: Tensor | None, eps: float | None, centred: bool) -> Norm:
+        eps = torch.finfo(like.dtype).eps if eps is None else eps
+        return LayerNorm(weight, bias, eps) if centred else rms_norm(weight, eps, like, form)
 
     if type(module) is nn.Identity:
         return None
     if isinstance(module, Affine):
-        scale = cast(module.weight)
-        assert scale is not None
-        return LinearMap(scale, cast(module.bias), module.centred)
-    if isinstance(module, TaperNorm):
-        module.gate.refresh()
-        if module.gate.phase is Phase.BLEND:
-            raise TaperlitError(
-                f"{name} is half tapered (its gate is {module.gate.value.item():.4g}); decode with a checkpoint whose "
-                "gate is 1 or 0."
-            )
-        weight, bias, eps = module.own("weight"), module.own("bias"), module.kind.eps
-        if module.gate.phase is Phase.LINEAR:
-            weight, bias = module.taper_weight, module.taper_bias
-        if weight is not None:
-            weight = weight.detach() + module.gain_offset  # type: ignore[assignment]
-        if module.gate.phase is Phase.LINEAR:
-            alignment = module.alignment.double()
-            scale = alignment.expand(like.shape[-1]) if weight is None else alignment * weight.double()
-            return LinearMap(scale.to(like), cast(bias), module.centred)
-        centred = module.centred
-    elif type(module) in (nn.RMSNorm, nn.LayerNorm):
-        weight, bias, eps = module.weight, getattr(module, "bias", None), module.eps  # type: ignore[assignment]
-        centred = type(module) is nn.LayerNorm
-    else:
+        return LinearMap(module.weight.detach().to(like), cast(module.bias), module.centred)
+    if isinstance(module, nn.RMSNorm | nn.LayerNorm) and type(module) in (nn.RMSNorm, nn.LayerNorm):
+        centred = isinstance(module, nn.LayerNorm)
+        return normalization(cast(module.weight), cast(getattr(module, "bias", None)), module.eps, centred)
+    if not isinstance(module, TaperNorm):
         raise TaperlitError(f"{name} is a {type(module).__name__}, which the decoding engine does not know.")
-    eps = torch.finfo(like.dtype).eps if eps is None else eps
-    if centred:
-        return LayerNorm(cast(weight), cast(bias), eps)
-    return rms_norm(cast(weight), eps, like, form)
+    kind, c = module.kind, module.alignment.double()
+    own = cast(module.own("weight"), plus=kind.gain_offset)
+    norm = normalization(own, cast(module.own("bias")), kind.eps, kind.centred)
+    scale = cast(module.taper_weight, c, kind.gain_offset)
+    linear = LinearMap(
+        c.expand(like.shape[-1]).to(like) if scale is None else scale, cast(module.taper_bias), kind.centred
+    )
+    module.gate.refresh()
+    g = module.gate.value.item()
+    return norm if g == 1 else linear if g == 0 else Blend(norm, linear, g)
 
 
 def rms_norm(weight: Tensor | None, eps: float, like: Tensor, form: RmsForm) -> Norm:

@@ -10,6 +10,7 @@ from importlib import import_module
 import pytest
 
 from taperlit.cli import main
+from taperlit.cli.options import Texts
 from taperlit.cli.table import COMMANDS, Command
 from taperlit.errors import TaperlitError
 
@@ -50,6 +51,36 @@ def test_a_new_command_needs_a_row_and_no_more(greet, tmp_path, capsys):
         main(["greet", "--nobody=1"])
     assert exit.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_texts_are_taken_as_they_stand(greet, monkeypatch, tmp_path, capsys):
+    def greet_all(names: Texts, times: int | None = None) -> None:
+        """Greet everybody.
+
+        Args:
+            names: who they
+                are.
+            times: how often.
+        """
+        greet.called.append((names, times))
+
+    monkeypatch.setattr(greet, "greet", greet_all)
+    assert main(["greet", "--names=null", "--names", "[you]", "--times=null"]) == 0
+    (tmp_path / "one.yaml").write_text("names: you\n")
+    assert main(["greet", "--config", str(tmp_path / "one.yaml")]) == 0
+    assert main(["greet", "--config", str(tmp_path / "one.yaml"), "--names=1"]) == 0
+    (tmp_path / "more.yaml").write_text("names: [you, '1']\ntimes: 2\n")
+    assert main(["greet", "--config", str(tmp_path / "more.yaml")]) == 0
+    assert greet.called == [(["null", "[you]"], None), (["you"], None), (["you", "1"], None), (["you", "1"], 2)]
+    (tmp_path / "wrong.yaml").write_text("names: [you, 1]\n")
+    for args in (["--config", str(tmp_path / "wrong.yaml")], []):  # what YAML reads as a number; none at all
+        with pytest.raises(SystemExit) as exit:
+            main(["greet", *args])
+        assert exit.value.code == 2
+        assert "names" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["greet", "--help"])
+    assert "who they are. (required, type: str, several times)" in " ".join(capsys.readouterr().out.split())
 
 
 def failing(error):
