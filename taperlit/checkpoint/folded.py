@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from taperlit.checkpoint.assign import ModuleT, assign, build_hollow, tied_names
 from taperlit.checkpoint.atomic import recover, stamp, write_directory
+from taperlit.checkpoint.checksum import checksum, checksum_of
 from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
 from taperlit.structure import Structure, apply_structure, owner
@@ -111,8 +111,8 @@ def write_folded(
             config["tied"] |= _write_tensors(partial / BUFFERS, buffers)
         if tokenizer_json is not None:
             (partial / TOKENIZER).write_text(tokenizer_json)
-        config["checksums"] = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
-        config["checksums"]["config.json"] = _checksum_of(config)
+        config["checksums"] = {path.name: checksum(path) for path in sorted(partial.iterdir())}
+        config["checksums"]["config.json"] = checksum_of(config)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in partial.glob("*.safetensors"):  # which safetensors makes for the user alone, whatever the umask
             shutil.copymode(partial / "config.json", path)
@@ -258,9 +258,9 @@ def _read_config(directory: Path) -> Config:
         raise TaperlitError(f"{path} is not of a folded model; name a directory that `taperlit fold` wrote.")
     config = cast(Config, config)
     try:
-        for name, checksum in config["checksums"].items():
+        for name, expected in config["checksums"].items():
             file = directory / name
-            if checksum != (_checksum_of(config) if name == "config.json" else _checksum(file)):
+            if expected != (checksum_of(config) if name == "config.json" else checksum(file)):
                 raise _damaged(file, "its checksum differs")
     except (OSError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(path if not isinstance(error, OSError) else Path(error.filename), error) from error
@@ -272,19 +272,6 @@ def _damaged(path: Path, reason: object) -> TaperlitError:
         return TaperlitError(f"{path} is missing; fold the checkpoint again.")
     words = " ".join(str(reason).split())[:200]
     return TaperlitError(f"{path} is damaged ({words}); fold the checkpoint again.")
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _checksum_of(config: Config) -> int:
-    others = {key: value for key, value in config.items() if key != "checksums"}
-    return zlib.crc32(json.dumps(others, sort_keys=True).encode())
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -71,6 +71,9 @@ def call(function: Callable[..., None], name: str, args: Sequence[str]) -> None:
             parser.add_argument(
                 f"--{key}", action=_AddText, type=_TextType(), metavar="TEXT", required=required, help=purpose
             )
+    for action in parser._actions:
+        if action.dest in parameters and parameters[action.dest].annotation is bool:
+            action.nargs, action.const = "?", True  # --force alone says yes, as --force=true does
     options = parser.parse_args(list(args))
     options.pop("config", None)
     function(**{key: _as_list(value) if key in texts and value else value for key, value in vars(options).items()})

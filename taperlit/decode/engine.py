@@ -1,6 +1,5 @@
 """The decoding engine: built once from a model, it owns its cache; prefill, then one token per row and step."""
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,13 +11,14 @@ from taperlit.decode.cache import Cache
 from taperlit.decode.decoder import read_decoder
 from taperlit.decode.graph import captured
 from taperlit.decode.layout import Layout, fastest_layout
-from taperlit.decode.loop import Decoding, Prompts, as_lists
+from taperlit.decode.loop import Decoding, Prompts
 from taperlit.decode.norms import RmsForm, fastest_rms_form
 from taperlit.errors import TaperlitError
 from taperlit.transformer import Transformer, TransformerConfig
 
 Backend = Literal["eager", "compile"]
 CHECKED_TOKENS = 8
+FLOAT32_ROUNDING = 1e-4  # of logits, relative to the largest, through many layers
 
 
 class Engine(Decoding):
@@ -66,16 +66,10 @@ class Engine(Decoding):
         if not isinstance(model, Transformer):
             raise TaperlitError(f"The decoding engine takes taperlit's Transformer, not a {type(model).__name__}.")
         self.config = config = model.config
-        self.vocab_size = config.vocab_size
-        self.device = torch.device(device) if device is not None else model.tok_embed.weight.device
-        self.dtype = dtype if dtype is not None else model.tok_embed.weight.dtype
-        self.batch_size, self.length = batch_size, config.block_size if length is None else length
-        if batch_size < 1:
-            raise TaperlitError(f"batch_size must be at least 1, not {batch_size}.")
-        if not 1 <= self.length <= config.block_size:
-            raise TaperlitError(
-                f"A length of {self.length} tokens is outside the model's context; give 1 to {config.block_size}."
-            )
+        like = model.tok_embed.weight
+        device = torch.device(device) if device is not None else like.device
+        super().__init__(batch_size, length, config.block_size, config.vocab_size, device)
+        self.dtype = dtype if dtype is not None else like.dtype
         if backend == "auto":
             backend = "compile" if self.device.type == "cuda" else "eager"
         self.backend: Backend = backend
@@ -83,12 +77,11 @@ class Engine(Decoding):
             fastest_layout(config, batch_size, self.device, self.dtype) if layout == "auto" else layout
         )
         if rms_form == "auto":
-            like = torch.ones(batch_size, config.d_model, device=self.device, dtype=self.dtype)
-            rms_form = "fused" if backend == "compile" else fastest_rms_form(like)
+            rows = torch.ones(batch_size, config.d_model, device=self.device, dtype=self.dtype)
+            rms_form = "fused" if backend == "compile" else fastest_rms_form(rows)
         self.rms_form: RmsForm = rms_form
         self.decoder = read_decoder(model, self.device, self.dtype, self.layout, rms_form)
         self.cache = Cache(config, batch_size, self.length, self.device, self.cache_dtype(self.device, self.dtype))
-        self.filled = 0  # slots
         self._pad = torch.zeros(batch_size, dtype=torch.int64, device=self.device)  # slots left of each prompt
         self._mask: Tensor | None = None  # (B, 1, 1, S) for eager steps, where prompts were padded
         self._slot = torch.zeros(1, dtype=torch.int64, device=self.device)  # where static steps write next
@@ -130,10 +123,7 @@ class Engine(Decoding):
             TaperlitError: not ``batch_size`` prompts, an empty one, one longer than ``length``, or ids that the model
                 does not have.
         """
-        rows = as_lists(prompts)
-        if len(rows) != self.batch_size:
-            raise TaperlitError(f"The engine was built for {self.batch_size} prompts at a time, not {len(rows)}.")
-        self.check(rows)
+        rows = self.rows_of(prompts)
         T = max(map(len, rows))
         pads = [T - len(row) for row in rows]
         tokens = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)], device=self.device)
@@ -170,12 +160,7 @@ class Engine(Decoding):
         Raises:
             TaperlitError: nothing was prefilled, or the cache is full.
         """
-        if not self.filled:
-            raise TaperlitError("The engine has read no prompt; call prefill first.")
-        if self.filled == self.length:
-            raise TaperlitError(
-                f"The context of {self.length} tokens is full; the model's is {self.config.block_size}."
-            )
+        self.check_room()
         logits = self._step(tokens)
         self.filled += 1
         return logits
@@ -211,7 +196,8 @@ class Engine(Decoding):
             got.append(self.step(tokens[:, -1].to(self.device)))
         self.filled = 0
         difference = largest_difference(torch.stack(got, 1), wanted[:, -len(got) :])
-        if not difference <= 3 * math.sqrt(torch.finfo(self.dtype).eps):
+        coarser = max(torch.finfo(dtype).eps for dtype in (self.dtype, model.tok_embed.weight.dtype))
+        if not difference <= max(FLOAT32_ROUNDING, 12 * coarser):
             raise TaperlitError(
                 f"The decoding engine's logits differ from the model's own by {difference:.2g}: something was put on "
                 "the model that decoding does not read, a forward hook say; remove it."

@@ -19,17 +19,32 @@ LOOK_EVERY = 8  # steps between two looks at a GPU's tokens: every look waits fo
 class Decoding(ABC):
     """An engine: it reads prompts, then takes one token per row and step.
 
-    Attributes:
+    Args:
         batch_size: rows decoded together.
-        length: most tokens per row, prompt included.
+        length: most tokens per row, prompt included; None is ``block_size``.
+        block_size: the model's context.
         vocab_size: tokens that there are.
         device: of tokens and logits.
+
+    Attributes:
+        filled: tokens of the longest row so far.
+
+    Raises:
+        TaperlitError: ``batch_size`` or ``length`` is out of range.
     """
 
-    batch_size: int
-    length: int
-    vocab_size: int
-    device: torch.device
+    def __init__(
+        self, batch_size: int, length: int | None, block_size: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self.batch_size, self.length = batch_size, block_size if length is None else length
+        self.block_size, self.vocab_size, self.device = block_size, vocab_size, device
+        self.filled = 0
+        if batch_size < 1:
+            raise TaperlitError(f"batch_size must be at least 1, not {batch_size}.")
+        if not 1 <= self.length <= block_size:
+            raise TaperlitError(
+                f"A length of {self.length} tokens is outside the model's context; give 1 to {block_size}."
+            )
 
     @abstractmethod
     def prefill(self, prompts: Prompts) -> Tensor:
@@ -83,6 +98,29 @@ class Decoding(ABC):
         """As :meth:`stream`, and the new tokens of each row at the end, without the stop token."""
         blocks = list(self.stream(prompts, max_new_tokens, sampling, stop, seed))
         return [[token for token in row if token >= 0] for row in torch.cat(blocks).t().tolist()]
+
+    def rows_of(self, prompts: Prompts) -> list[list[int]]:
+        """The prompts for :meth:`prefill` as lists.
+
+        Raises:
+            TaperlitError: not one per row, or as :meth:`check`.
+        """
+        rows = as_lists(prompts)
+        if len(rows) != self.batch_size:
+            raise TaperlitError(f"The engine was built for {self.batch_size} prompts at a time, not {len(rows)}.")
+        self.check(rows)
+        return rows
+
+    def check_room(self) -> None:
+        """Refuse a step that cannot be taken.
+
+        Raises:
+            TaperlitError: nothing was prefilled, or the cache is full.
+        """
+        if not self.filled:
+            raise TaperlitError("The engine has read no prompt; call prefill first.")
+        if self.filled == self.length:
+            raise TaperlitError(f"The context of {self.length} tokens is full; the model's is {self.block_size}.")
 
     def check(self, rows: list[list[int]]) -> None:
         """Refuse prompts that cannot be read.
