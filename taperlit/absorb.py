@@ -18,15 +18,23 @@ from taperlit.structure import Scale, explicit_scale, replace
 
 
 class Absorbed:
-    """The weights that absorb the norms, old and new, in float64."""
+    """The weights that absorb the norms, old and new, in float64.
 
-    def __init__(self, watch: Watch, feeds: dict[str, Feeds]) -> None:
-        self.watch = watch
+    Args:
+        watch: after its runs.
+        feeds: what every norm feeds.
+        keep: copy the old weights, so that :meth:`stored` can put them back.
+    """
+
+    def __init__(self, watch: Watch, feeds: dict[str, Feeds], keep: bool = True) -> None:
+        self.watch, self.keep = watch, keep
         self.maps = {name: norm.linear_map() for name, norm in watch.norms.items()}
         self.products = list({id(p): p for feed in feeds.values() for p in feed.products}.values())
         changed = {p.weight.storage for p in self.products}
         changed |= {p.bias.elements.storage for p in self.products if p.bias is not None and watch.has_bias(p)}
-        self.old = {storage: self._flat(storage).clone() for storage in changed}
+        self.old = {s: self._flat(s).clone() if keep else self._flat(s) for s in changed}
+        # Before any weight is stored: they are of the old ones.
+        self.biases = {p: self._bias(p) for p in self.products if p.bias is not None and watch.has_bias(p)}
         self.contents: dict[int, Callable[[], Tensor]] = {s: partial(self.new, s) for s in changed}
 
     def _flat(self, storage: int) -> Tensor:
@@ -34,14 +42,14 @@ class Absorbed:
 
     def new(self, storage: int) -> Tensor:
         """What a parameter's storage is to hold: flat float64."""
-        old = self.old[storage].double()
-        new = old.clone()
+        old = self.old[storage]
+        new = old.to(torch.float64, copy=True)
         for product, elements, _ in roles_in(self.watch, storage, self.products):
             if elements is product.weight:
                 self._scale(product, old, new)
             else:
                 index, columns = elements.index().to(old.device), cast(Bias, product.bias).columns.to(old.device)
-                self._put(new, index, old[index] + self._bias(product).flatten()[columns], product)
+                self._put(new, index, old[index].double() + self.biases[product].flatten()[columns], product)
         return new
 
     def _scale(self, product: Product, old: Tensor, new: Tensor) -> None:
@@ -54,7 +62,7 @@ class Absorbed:
         for part in product.parts:
             gain = self._gain(part, old.device)
             for index, features in self._matrices(product.weight, part, old.device):
-                weight = old[index] * gain[features][:, None]
+                weight = old[index].double() * gain[features][:, None]
                 if self.watch.norms[part.norm].centred:
                     weight = weight - weight.mean(0, keepdim=True)
                 self._put(new, index, weight, product)
@@ -96,14 +104,18 @@ class Absorbed:
 
     @contextmanager
     def stored(self) -> Iterator[None]:
-        """Write the new values into the parameters; if anything is raised inside, the old ones again."""
+        """Write the new values into the parameters; if anything is raised inside, the old ones again, if they are kept.
+
+        Without them :meth:`new` has nothing to start from any more.
+        """
         try:
             for storage in self.old:
                 self._flat(storage).copy_(self.new(storage))
             yield
         except BaseException:
             for storage, old in self.old.items():
-                self._flat(storage).copy_(old)
+                if self.keep:
+                    self._flat(storage).copy_(old)
             raise
 
     def keep_scale(self, model: nn.Module, name: str, norm: TaperNorm) -> Scale:
@@ -114,6 +126,6 @@ class Absorbed:
         for parameter, value in ((module.weight, gain), (module.bias, bias)):
             if parameter is not None and value is not None:
                 parameter.copy_(value.view(parameter.shape))
-                self.contents[storage_of(parameter)] = partial(cast, Tensor, value)
+                self.contents[storage_of(parameter)] = value.clone
         replace(model, name, module)
         return scale

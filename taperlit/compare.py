@@ -36,14 +36,22 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.layout is torch.strided else tensor.to_dense()
 
 
-def own_outputs(model: nn.Module, run: Run) -> list[Tensor]:
-    """A run's outputs in the model's own precision, by whichever path of torch's it would take."""
-    return outputs_of(model, run, lambda: [Copies(model, wide=False)], fused=True)
+def own_outputs(model: nn.Module, run: Run, copy: bool = True) -> list[Tensor]:
+    """A run's outputs in the model's own precision, by whichever path of torch's it would take.
+
+    Args:
+        model: that it runs.
+        run: see :func:`taperlit.fold`.
+        copy: run it on copies of the model's tensors, so that what it writes there does not stay.
+    """
+    return outputs_of(model, run, lambda: [Copies(model, wide=False)] if copy else [], fused=True)
 
 
-def wide_outputs(model: nn.Module, run: Run, contents: dict[int, Callable[[], Tensor]]) -> list[Tensor]:
+def wide_outputs(
+    model: nn.Module, run: Run, contents: dict[int, Callable[[], Tensor]], lean: bool = False
+) -> list[Tensor]:
     """A run's outputs in float64, of the folded weights as they are before they are rounded."""
-    return outputs_of(model, run, lambda: [Copies(model, True, contents), WideInputs(), Float64()])
+    return outputs_of(model, run, lambda: [Copies(model, True, contents, lean), WideInputs(), Float64()])
 
 
 def require_numbers(outputs: Iterable[list[Tensor]]) -> None:
@@ -98,7 +106,15 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
         return math.inf
     wide = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.to(wide), b.to(wide)
-    if not torch.equal(a[wild].nan_to_num(7.0), b[wild].nan_to_num(7.0)):
-        return math.inf
-    a, b = a[~wild], b[~wild]
-    return ((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() if a.numel() else 0.0
+    if bool(wild.any()):
+        if not torch.equal(a[wild].nan_to_num(7.0), b[wild].nan_to_num(7.0)):
+            return math.inf
+        a, b = a[~wild], b[~wild]
+    return ((a - b).abs().max() / _largest(a).clamp(min=1e-30)).item() if a.numel() else 0.0
+
+
+def _largest(a: Tensor) -> Tensor:
+    if a.is_complex():
+        return a.abs().max()
+    low, high = a.aminmax()
+    return torch.maximum(-low, high)

@@ -44,10 +44,12 @@ def _find_conflicts(
     watch: Watch, storage: int, products: list[Product], reads: list[Read], feeds: dict[str, Feeds]
 ) -> None:
     """Find elements of one storage that two things use that would need them changed differently."""
+    roles = list(roles_in(watch, storage, products))
+    if len(roles) + len(reads) < 2:
+        return  # it is in nobody's way
     users = torch.zeros(watch.size_of(storage), dtype=torch.int32)  # per element: 0 nobody, 1 a read, else a role
     for read in reads:
         _mark(users, read.elements, 1)
-    roles = list(roles_in(watch, storage, products))
     clashes: set[int] = set()
     for number, (product, elements, _) in enumerate(roles, start=2):
         if elements is product.weight and not product.whole:
@@ -79,14 +81,19 @@ def _same_bias(a: Product, b: Product) -> bool:
 
 
 def _mark(users: Tensor, elements: Elements, number: int) -> list[int]:
-    """Write a number over elements, and return the numbers that were there."""
+    """Write a number over elements, and return the numbers, none of them higher, that were there."""
     view = elements.view(users)
     before = users[elements.index()] if view is None else view.clone()
     if view is None:
         users[elements.index()] = number
     else:
         view.fill_(number)
-    return [other for other in before.unique().tolist() if other] if bool(before.any()) else []
+    low, high = (int(value) for value in before.aminmax())
+    if low == high:  # nearly always, and faster than to look at each
+        return [low] if low else []
+    found = torch.zeros(number + 1, dtype=torch.bool)
+    found[before.flatten()] = True
+    return [other for other in found.nonzero().flatten().tolist() if other]
 
 
 def roles_in(

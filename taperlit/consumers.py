@@ -93,6 +93,7 @@ class Watch(Float64):
 
     Args:
         model: tapered, in eval mode.
+        lean: see :class:`taperlit.float64.Copies`.
 
     Attributes:
         products: in the order they ran.
@@ -100,9 +101,9 @@ class Watch(Float64):
         others: per norm, what else read its output, in words.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, lean: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.lean = model, lean
         self.norms = tapered_norms(model)
         self.ran: set[str] = set()
         self.module_names: dict[nn.Module, str] = {module: plain_name(name) for name, module in model.named_modules()}
@@ -115,7 +116,7 @@ class Watch(Float64):
         self.others: dict[str, list[str]] = {name: [] for name in self.norms}
         self._sources: list[object] = [None]  # by number: a norm's name, a parameter's storage, a Product, a Chosen
         self._parameter_numbers = {key: self._new_source(key) for key in self.parameters}
-        self._numbers: dict[int, int] = {}  # the same by the storages that hold the parameters while a run is watched
+        self._original: Mapping[int, int] = {}  # the storages that hold the parameters while a run is watched
         self._norm_numbers = {name: self._new_source(name) for name in self.norms}
         self._labels: dict[int, Tensor] = {}  # storage -> one label per element, of what is no parameter's own storage
         self._keep: dict[int, object] = {}  # a freed storage's key could come back as another tensor's
@@ -151,9 +152,7 @@ class Watch(Float64):
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self.met(tensor.dtype)
         with ExitStack() as stack:
-            copies = stack.enter_context(Copies(self.model, wide=True))
-            numbers = self._parameter_numbers
-            self._numbers = {new: numbers[old] for new, old in copies.original.items() if old in numbers}
+            self._original = stack.enter_context(Copies(self.model, wide=True, lean=self.lean)).original
             for name, norm in self.norms.items():
                 hook = norm.register_forward_hook(lambda _, __, out, name=name: self._follow(name, out))
                 stack.callback(hook.remove)
@@ -166,7 +165,7 @@ class Watch(Float64):
 
     def _forget(self) -> None:
         """A run is over, and its storages may be others' soon."""
-        self._numbers, self._labels, self._keep = {}, {}, {}
+        self._original, self._labels, self._keep = {}, {}, {}
 
     def _enter(self, module: nn.Module, args: object) -> None:
         self._stack.append(module)
@@ -197,12 +196,16 @@ class Watch(Float64):
 
     # Labels
 
+    def _number(self, tensor: Tensor) -> int | None:
+        """The number of the parameter whose storage a tensor shows, or None."""
+        original = self._original.get(storage_of(tensor))
+        return None if original is None else self._parameter_numbers.get(original)
+
     def _labels_of(self, tensor: Tensor) -> Tensor | None:
         """int64 labels of a tensor's shape, or None where it has none."""
-        key = storage_of(tensor)
-        if (number := self._numbers.get(key)) is not None:
+        if (number := self._number(tensor)) is not None:
             return (number << _SHIFT) + self._view(tensor).index().to(tensor.device)
-        if (flat := self._labels.get(key)) is None:
+        if (flat := self._labels.get(storage_of(tensor))) is None:
             return None
         return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
@@ -216,13 +219,22 @@ class Watch(Float64):
         view.copy_(labels)
 
     def _is_labelled(self, tensor: Tensor) -> bool:
-        key = storage_of(tensor)
-        return key in self._numbers or key in self._labels
+        return self._number(tensor) is not None or storage_of(tensor) in self._labels
 
     def _sources_in(self, labels: Tensor | None) -> list[object]:
         if labels is None or not labels.numel():
             return []
-        return [self._sources[number] for number in (labels >> _SHIFT).unique().tolist()]
+        return [self._sources[number] for number in self._numbers_in(labels)]
+
+    def _numbers_in(self, labels: Tensor) -> list[int]:
+        """The sources' numbers behind labels, ascending."""
+        numbers = labels >> _SHIFT
+        low, high = numbers.aminmax()
+        if low == high:  # nearly always, and a pass over them where unique() would sort
+            return [int(low)]
+        found = torch.zeros(len(self._sources), dtype=torch.bool, device=labels.device)
+        found[numbers.flatten()] = True
+        return found.nonzero().flatten().tolist()
 
     def _norms_in(self, labels: Tensor | None) -> list[str]:
         return [source for source in self._sources_in(labels) if isinstance(source, str)]
@@ -247,7 +259,7 @@ class Watch(Float64):
 
     def _view(self, tensor: Tensor) -> Elements:
         """The elements of a parameter's storage that a view of it shows."""
-        storage = cast(int, self._sources[self._numbers[storage_of(tensor)]])
+        storage = self._original[storage_of(tensor)]
         return Elements(storage, tuple(tensor.size()), tuple(tensor.stride()), int(tensor.storage_offset()))
 
     def _module(self) -> str:
@@ -297,13 +309,12 @@ class Watch(Float64):
         """The operation uses the tensor's numbers, and not as a norm's linear map does."""
         if not isinstance(tensor, Tensor):
             return
-        key = storage_of(tensor)
-        if key in self._numbers:
+        if self._number(tensor) is not None:
             self.reads.append(Read(self._module(), self._view(tensor)))
             return
         if (labels := self._labels_of(tensor)) is None:
             return
-        for number in (labels >> _SHIFT).unique().tolist():
+        for number in self._numbers_in(labels):
             source = self._sources[number]
             if isinstance(source, str):
                 self.others[source].append(operation)
@@ -352,8 +363,7 @@ class Watch(Float64):
             return True
         axes = _picked_axes(operation, args)
         if not all(bool((labels == labels.narrow(axis, 0, 1)).all()) for axis in axes):
-            key = storage_of(source)
-            if key not in self._numbers or axes != [0] or source.dim() < 3 or not source.is_contiguous():
+            if self._number(source) is None or axes != [0] or source.dim() < 3 or not source.is_contiguous():
                 return False
             chosen = Chosen(self._view(source).storage, int(source.storage_offset()), source[0].numel())
             labels = (self._number_of(chosen) << _SHIFT) + (labels & _INDEX)
@@ -370,7 +380,7 @@ class Watch(Float64):
 
     def _overwrite(self, target: Tensor, source: Tensor | None, reads: bool = True) -> None:
         """Something was written over a tensor: a copy of the source, or numbers without labels."""
-        if storage_of(target) in self._numbers:
+        if self._number(target) is not None:
             if reads:
                 self._read(target, "a write over it")
             return
@@ -383,7 +393,7 @@ class Watch(Float64):
         a, b, result = _as_3d(operation, args[left], args[right], out)
         if not result.numel():
             return
-        holders = [storage_of(x) not in self._numbers and bool(self._norms_in(self._labels_of(x))) for x in (a, b)]
+        holders = [self._number(x) is None and bool(self._norms_in(self._labels_of(x))) for x in (a, b)]
         if holders == [True, False]:
             given, matrix = a, b
         elif holders == [False, True]:  # W h and not h W
@@ -428,7 +438,7 @@ class Watch(Float64):
                     if not torch.equal(found[mask].sort().values, every):
                         return None, "of some of its features, while its mean is over all"
             parts.append(Part(name, where, features))
-        if storage_of(matrix) in self._numbers:
+        if self._number(matrix) is not None:
             weight: Elements | None = self._view(matrix)
         else:
             found = self._labels_of(matrix)

@@ -1,7 +1,7 @@
 """Run a model in float64 without changing it: the independent truth that folding is checked against."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -52,17 +52,25 @@ class Copies(AbstractContextManager["Copies"]):
         model: any.
         wide: make the copies float64 (complex128).
         contents: what copies hold instead, flat, by :func:`storage_of` the tensors before.
+        lean: torch's linear maps get the copies of their parameters when they are called and lose them when they
+            return, so that one of them is in memory twice, and not the model. Embeddings get none: looking numbers up
+            is exact. What else reads such parameters reads the tensors themselves.
 
     Attributes:
         original: the storage before, by the storage of its copy.
     """
 
     def __init__(
-        self, model: nn.Module, wide: bool, contents: Mapping[int, Callable[[], Tensor]] | None = None
+        self,
+        model: nn.Module,
+        wide: bool,
+        contents: Mapping[int, Callable[[], Tensor]] | None = None,
+        lean: bool = False,
     ) -> None:
-        self.model, self.wide, self.contents = model, wide, contents or {}
+        self.model, self.wide, self.contents, self.lean = model, wide, contents or {}, lean
         self.original: dict[int, int] = {}
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> "Copies":
         try:
@@ -75,20 +83,56 @@ class Copies(AbstractContextManager["Copies"]):
     def _copy(self) -> None:
         gates = {module.value for module in self.model.modules() if isinstance(module, Gate)}  # they stay float32
         copies: dict[int, Tensor] = {}
-        for tensor in {*self.model.parameters(), *self.model.buffers()}:
+        later: set[Tensor] = set()
+        if self.lean:
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear | nn.Embedding):
+                    later |= {p for p in module.parameters(recurse=False) if storage_of(p) and p.numel()}
+                if isinstance(module, nn.Linear):
+                    for hook in (
+                        module.register_forward_pre_hook(self._lend, prepend=True),
+                        module.register_forward_hook(self._take_back, always_call=True),
+                    ):
+                        self._hooks.callback(hook.remove)
+            self.original |= {storage_of(tensor): storage_of(tensor) for tensor in later}
+        for tensor in {*self.model.parameters(), *self.model.buffers()} - later:
             key = storage_of(tensor)
             if not key or not tensor.numel():
                 continue
             self._before.append((tensor, tensor.data))
             if key not in copies:
                 dtype = _WIDE.get(tensor.dtype, tensor.dtype) if self.wide and tensor not in gates else tensor.dtype
-                copies[key] = flat(tensor).to(dtype, copy=True)
-                if key in self.contents:
-                    copies[key].copy_(self.contents[key]())
+                copies[key] = self._copy_of(tensor, dtype)
             tensor.data = copies[key].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
             self.original[storage_of(tensor)] = key
 
+    def _copy_of(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if (content := self.contents.get(storage_of(tensor))) is not None:
+            return content().to(tensor.device, dtype)  # nobody else has it
+        return flat(tensor).to(dtype, copy=True)
+
+    def _lend(self, module: nn.Module, args: object) -> None:
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():  # no mode is to see this
+            for parameter in module.parameters(recurse=False):
+                key = storage_of(parameter)
+                if self.original.get(key) == key:
+                    self._before.append((parameter, parameter.data))
+                    dtype = _WIDE.get(parameter.dtype, parameter.dtype) if self.wide else parameter.dtype
+                    copy = self._copy_of(parameter, dtype)
+                    parameter.data = copy.as_strided(parameter.size(), parameter.stride(), parameter.storage_offset())
+                    self.original[storage_of(copy)] = key
+
+    def _take_back(self, module: nn.Module, args: object, output: object) -> None:
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            own = set(module.parameters(recurse=False))
+            for tensor, data in self._before:
+                if tensor in own:
+                    self.original.pop(storage_of(tensor), None)  # it is freed, and may come back as another's
+                    tensor.data = data
+            self._before = [(tensor, data) for tensor, data in self._before if tensor not in own]
+
     def _restore(self) -> None:
+        self._hooks.close()
         for tensor, data in self._before:
             tensor.data = data
         self._before.clear()
@@ -122,7 +166,7 @@ class WideInputs(TorchFunctionMode):
                 self.met(value)
         name = getattr(func, "__name__", "")
         writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name.startswith("__set")
-        if not (writes or kwargs.get("out") is not None or kwargs.get("inplace")):
+        if name != "embedding" and not (writes or kwargs.get("out") is not None or kwargs.get("inplace")):
             args, kwargs = tree_map(_widen, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -170,7 +214,8 @@ class Float64(TorchDispatchMode):
         if is_view(func):
             return func(*args, **kwargs)
         if not func._schema.is_mutable:
-            args, kwargs = tree_map(_widen, (args, kwargs))
+            if func is not torch.ops.aten.embedding.default:  # of all that it is given it only copies some
+                args, kwargs = tree_map(_widen, (args, kwargs))
             return tree_map(_widen, func(*args, **kwargs))
         return _write(func, args, kwargs)
 

@@ -10,9 +10,9 @@ from taperlit.checkpoint.folded import load_checkpoint, write_folded
 from taperlit.errors import TaperlitError
 from taperlit.folding import fold
 from taperlit.norm import tapered_norms
-from taperlit.structure import describe
+from taperlit.structure import describe, untie
 
-CHECKED_TOKENS = 1024  # at most: float64 logits of 50,000 tokens in the vocabulary take 0.4 GB then
+CHECKED_TOKENS = 64  # at most: each is a float64 forward pass, of which one shows a wrong fold as well as many
 
 
 def fold_checkpoint(
@@ -45,7 +45,11 @@ def fold_checkpoint(
         raise TaperlitError(f"{ckpt} holds no validation blocks to check the folding on; it was not made by this fit.")
     blocks = loaded.sample.long()
     tokens = blocks[:, : min(blocks.shape[1] - 1, CHECKED_TOKENS // len(blocks))]
-    structure = fold(model, lambda: model(tokens), tied=tied)
+    untied = ["head.weight"] if tied == "untie" and model.config.tied and "final_norm" in sizes else []
+    for name in untied:
+        untie(model, name)  # as fold would, after a first look at the model that this saves
+    structure = fold(model, lambda: model(tokens), tied=tied, keep=False)
+    structure["untied"] += untied
     difference = structure["difference"]
     print(f"largest difference, folded against unfolded, on {tokens.numel()} validation tokens: {difference:.2e}")
     write_folded(directory, model, structure, loaded.tokenizer_json, force)
