@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from traces import scalars
 
-from taperlit.bench import compare_decoding
+from taperlit.bench.decode import compare_decoding
 from taperlit.checkpoint.folded import load_checkpoint, load_model
 from taperlit.compare import largest_difference
 

@@ -30,5 +30,7 @@ COMMANDS = {
     "fold": Command(
         "fold a checkpoint whose gate is 0 into a model without those norms", "taperlit.cli.fold", "fold_checkpoint"
     ),
-    "generate": Command("continue a prompt with a folded model or a checkpoint", "taperlit.cli.generate", "generate"),
+    "generate": Command("continue prompts with a folded model or a checkpoint", "taperlit.cli.generate", "generate"),
+    "export": Command("write a folded model or a checkpoint for onnxruntime", "taperlit.cli.export", "export"),
+    "bench": Command("measure decoding, training or folding here, in turns", "taperlit.cli.bench", "bench", True),
 }

@@ -20,6 +20,7 @@ from taperlit.checkpoint.folded import load_model
 from taperlit.checkpoint.reader import CHECKPOINT_FORMAT, read_checkpoint
 from taperlit.checkpoint.sharded import digest
 from taperlit.cli import main
+from taperlit.cli.bench import BENCHES
 from taperlit.cli.table import COMMANDS
 
 
@@ -176,10 +177,14 @@ def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, monk
         torch.save({} if form == "metadata" else content, path / "meta.pt")
         (path / ".metadata").write_bytes(pickle.dumps(Evil(ran)))
         (path / ".metadata.sha256").write_text(digest(path))
-    for command in COMMANDS:
-        args = {"fold": ["--ckpt", str(path)], "generate": ["--model", str(path), "--prompt=x"]}.get(
-            command, ["--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, "--ckpt_path", str(path)]
-        )
+    others = {
+        "fold": ["--ckpt", str(path)],
+        "generate": ["--model", str(path), "--prompt=x"],
+        "export": ["--to=onnx", "--model", str(path)],
+    }
+    run = ["--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, "--ckpt_path", str(path)]
+    for command in COMMANDS.keys() - {"bench"}:  # it makes its own
+        args = others.get(command, run)
         assert "evil.ckpt" in error_of(capsys, command, *args), command
     # nor does --ckpt_path last, which finds it by itself
     checkpoints = tmp_path / "runs/run/version_0/checkpoints"
@@ -238,10 +243,10 @@ def test_help_does_not_import_torch():
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*sorted(COMMANDS.keys() - {"bench"}), *(f"bench {what}" for what in BENCHES)])
 def test_print_config(command, capsys):
     with pytest.raises(SystemExit) as exit:
-        main([command, "--print_config"])
+        main([*command.split(), "--print_config"])
     assert exit.value.code == 0
     assert ("ckpt_path" if command in ("fit", "validate", "test", "predict") else ":") in capsys.readouterr().out
 
