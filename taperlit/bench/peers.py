@@ -2,15 +2,13 @@
 
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from taperlit.decode.onnx_engine import OnnxEngine
-from taperlit.decode.onnx_export import DTYPES, export_onnx
+from taperlit.decode.onnx_export import DTYPES, onnx_engine
 from taperlit.transformer import Transformer, TransformerConfig
 
 _LLAMA = {
@@ -118,9 +116,7 @@ def onnxruntime_engine(model: Transformer, batch_size: int, length: int, dtype: 
             raise Unavailable(f"{name} is not installed")
     if dtype not in DTYPES:
         raise Unavailable(f"the ONNX export has no {str(dtype).removeprefix('torch.')}")
-    with TemporaryDirectory(prefix="taperlit-bench-") as folder:
-        # What is opened stays readable when its name is gone.
-        return OnnxEngine(export_onnx(model, Path(folder) / "onnx", dtype=dtype), batch_size, length)
+    return onnx_engine(model, batch_size, length, dtype)
 
 
 def _renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

@@ -101,16 +101,19 @@ def _check(model: Transformer, directory: Path, dtype: torch.dtype) -> None:
         )
 
 
-def onnx_engine(model: Transformer, batch_size: int = 1, length: int | None = None) -> OnnxEngine:
-    """Decode a model in onnxruntime, in float32, with nothing left on the disk.
+def onnx_engine(
+    model: Transformer, batch_size: int = 1, length: int | None = None, dtype: torch.dtype = torch.float32
+) -> OnnxEngine:
+    """Decode a model in onnxruntime, with nothing left on the disk.
 
     Args:
         model: see :func:`export_onnx`.
         batch_size: see :class:`taperlit.decode.onnx_engine.OnnxEngine`.
         length: see there.
+        dtype: see :func:`export_onnx`.
 
     Raises:
         TaperlitError: as both.
     """
-    with TemporaryDirectory() as folder:  # files that are mapped stay readable
-        return OnnxEngine(export_onnx(model, Path(folder, "model")), batch_size, length)
+    with TemporaryDirectory(prefix="taperlit-onnx-") as folder:  # files that are mapped stay readable
+        return OnnxEngine(export_onnx(model, Path(folder, "model"), dtype=dtype), batch_size, length)
