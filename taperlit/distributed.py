@@ -25,7 +25,7 @@ from taperlit.transformer import Transformer
 T = TypeVar("T")
 
 
-WHOLE_INPUT = (Replicate(), None, None, None, None)  # of Attention.forward: x is on every process, the rest no matter
+WHOLE_INPUT = (Replicate(), None)  # of Attention.forward: x is on every process, the rest no matter
 # Heads and MLP channels are split over the processes; the norms and the residual stream are whole on each. Naming the
 # input of the whole layer, and not of each projection, takes one all-reduce in the backward pass and not three.
 BLOCK_PLAN = {

@@ -1,6 +1,6 @@
 """A decoder-only pre-norm transformer in one file: GPT-2, the Llama family, and the paper's small models.
 
-Shapes: B batch, T new tokens, S cache length, H query heads, K key/value heads, D head width.
+Shapes: B batch, T tokens, H query heads, K key/value heads, D head width.
 """
 
 import math
@@ -172,80 +172,35 @@ class Rope(Float32State):
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotate ``x`` (B, H, T, D) by its positions (T,)."""
-        cos, sin = self.cos[position].to(x.dtype), self.sin[position].to(x.dtype)
-        left, right = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-right, left), dim=-1) * sin
-
-
-class KVCache(nn.Module):
-    """Keys and values of every layer in fixed storage, so that a decode step has one shape.
-
-    Args:
-        config: of the model.
-        batch_size: sequences decoded together.
-        length: most tokens, prompt included; None is ``config.block_size``.
-        device: where it lives.
-        dtype: of the keys and values.
-    """
-
-    k: Tensor
-    v: Tensor
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        batch_size: int,
-        length: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        length = config.block_size if length is None else length
-        shape = (config.n_layer, batch_size, config.kv_heads, length, config.d_head)
-        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype), persistent=False)
-
-    @property
-    def length(self) -> int:
-        """Most tokens it holds."""
-        return self.k.shape[3]
-
-    def update(self, layer: int, position: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, K, T, D) keys and values at ``position`` (T,); return the layer's whole (B, K, S, D) storage."""
-        self.k[layer].index_copy_(2, position, k)
-        self.v[layer].index_copy_(2, position, v)
-        return self.k[layer], self.v[layer]
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate ``x`` (B, H, T, D) by its positions, 0 to T - 1."""
+        cos, sin = (table[: x.shape[2]].to(x.dtype) for table in (self.cos, self.sin))
+        left, right = sin.chunk(2, dim=-1)
+        # The minus of the rotation is put into the small table, so that one roll swaps the halves of x.
+        return torch.addcmul(x * cos, x.roll(self.config.d_head // 2, -1), torch.cat((-left, right), dim=-1))
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention through torch's SDPA."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.layer, self.n_head, self.n_kv_head, self.d_head = layer, config.n_head, config.kv_heads, config.d_head
+        self.n_head, self.n_kv_head, self.d_head = config.n_head, config.kv_heads, config.d_head
         d_kv = config.kv_heads * config.d_head
         self.q_proj = Linear(config.d_model, config.d_model, config.bias)
         self.k_proj = Linear(config.d_model, d_kv, config.bias)
         self.v_proj = Linear(config.d_model, d_kv, config.bias)
         self.o_proj = Linear(config.d_model, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(
-        self, x: Tensor, rope: Rope | None, position: Tensor, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
         """Map (B, T, d_model) to the same shape."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.d_head).transpose(1, 2)
         if rope is not None:
-            q, k = rope(q, position), rope(k, position)
-        if cache is not None:
-            k, v = cache.update(self.layer, position, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=self.n_head != self.n_kv_head
-        )
+            q, k = rope(q), rope(k)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_head != self.n_kv_head)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -268,18 +223,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attn_norm = build_norm(config)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.mlp_norm = build_norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rope: Rope | None, position: Tensor, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
         """Map (B, T, d_model) to the same shape."""
-        x = x + self.attn(self.attn_norm(x), rope, position, mask, cache)
+        x = x + self.attn(self.attn_norm(x), rope)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -304,7 +257,7 @@ class Transformer(nn.Module):
         self.tok_embed = Embedding(config.vocab_size, config.d_model)
         self.pos_embed = Embedding(config.block_size, config.d_model) if config.position == "learned" else None
         self.rope = Rope(config) if config.position == "rope" else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = build_norm(config)
         self.head = Linear(config.d_model, config.vocab_size)
         if config.tied:
@@ -317,22 +270,12 @@ class Transformer(nn.Module):
             self.head.weight = self.tok_embed.weight
         return self
 
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        *,
-        cache: KVCache | None = None,
-        position: Tensor | None = None,
-        chunk_tokens: int = 4096,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, chunk_tokens: int = 4096) -> Tensor:
         """Predict the next token.
 
         Args:
             tokens: (B, T) token ids.
             targets: (B, T) next-token ids, -100 where none counts. With them the result is a 0-d float32 loss.
-            cache: decode with it: queries see the positions already written and their own.
-            position: (T,) positions of ``tokens``; None is 0 to T - 1.
             chunk_tokens: tokens whose logits are held at once while computing the loss.
 
         Returns:
@@ -344,21 +287,14 @@ class Transformer(nn.Module):
         T = tokens.shape[1]
         if T > self.config.block_size:
             raise TaperlitError(f"{T} tokens are more than the model's context of {self.config.block_size}.")
-        if position is None:
-            position = torch.arange(T, device=tokens.device)
-        mask = None
-        if cache is not None:
-            mask = torch.arange(cache.length, device=tokens.device) <= position[:, None]  # (T, S)
         x = self.tok_embed(tokens)  # (B, T, d_model)
         if self.pos_embed is not None:
-            x = x + self.pos_embed(position)
+            x = x + self.pos_embed(torch.arange(T, device=tokens.device))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, self.rope, position, mask, cache, use_reentrant=False, preserve_rng_state=False
-                )
+                x = checkpoint(block, x, self.rope, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, self.rope, position, mask, cache)
+                x = block(x, self.rope)
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)

@@ -329,3 +329,73 @@ def test_proposition_4_2_without_it_a_leading_class_grows_the_residual():
     p = logits.softmax(-1).gather(1, target[:, None]).squeeze(1)
     assert ((h.grad * h).sum(-1) <= -(1 - p) * margin + 1e-12).all()
     assert (margin > 0).all()
+
+
+@kinds
+@pytest.mark.parametrize("words", [{}, {"elementwise_affine": False}, {"shape": (3, 8)}, {"frozen": True}])
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_blends_gradients_are_the_formulas(taper, plain, words, watched):
+    """In the one step of torch's own norms, and in the plain operations that a mode sees."""
+    torch.manual_seed(0)
+    shape = words.get("shape", (24,))
+    norm = randomize(taper(shape, eps=1e-3, elementwise_affine=words.get("elementwise_affine", True)))
+    norm.requires_grad_("frozen" not in words)
+    norm.gate.set(0.3)
+    norm.alignment.fill_(1.7)
+    x = torch.randn(5, *shape[::-1], 4).transpose(-1, 1).reshape(4, 5, *shape)[1:].requires_grad_()
+    seed = torch.randn(3, 5, *shape)
+    with CountOps() if watched else torch.enable_grad():
+        y = norm(x)
+    named = {name: p for name, p in norm.named_parameters() if p.requires_grad}
+    assert ("BlendBackward" in str(y.grad_fn.next_functions)) is not watched
+    grads = torch.autograd.grad(y, [x, *named.values()], seed)
+
+    wide = {name: p.detach().double().requires_grad_() for name, p in norm.named_parameters()}
+    xd = x.detach().double().requires_grad_()
+    dims = tuple(range(-len(shape), 0))
+    h = xd - xd.mean(dims, keepdim=True) if norm.centred else xd
+    one, zero = torch.ones(shape).double(), torch.zeros(shape).double()
+    normed = h / (h.square().mean(dims, keepdim=True) + 1e-3).sqrt() * wide.get("weight", one) + wide.get("bias", zero)
+    linear = norm.alignment.double() * h * wide.get("taper_weight", one) + wide.get("taper_bias", zero)
+    g = norm.gate.value.double()
+    expected = g * normed + (1 - g) * linear
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    others = torch.autograd.grad(expected, [xd, *(wide[name] for name in named)], seed.double())
+    for grad, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(grad.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@kinds
+def test_the_blend_can_be_differentiated_twice_and_by_torch_func(taper, plain):
+    norm = randomize(taper(6, eps=1e-3, dtype=torch.float64))
+    norm.gate.set(0.4)
+    norm.alignment.fill_(0.7)
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    named = dict(norm.named_parameters())
+
+    def call(x, *values):
+        return torch.func.functional_call(norm, dict(zip(named, values, strict=True)), x)
+
+    inputs = (x, *(p.detach().clone().requires_grad_() for p in named.values()))
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+    theirs = torch.func.grad(lambda x: call(x, *inputs[1:]).square().sum())(x.detach())
+    torch.testing.assert_close(theirs, torch.autograd.grad(norm(x).square().sum(), x)[0])
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_are_the_formulas(taper, plain, dtype, affine):
+    torch.manual_seed(0)
+    norm = taper((2, 12), eps=1e-2, elementwise_affine=affine, dtype=dtype)
+    if affine:
+        randomize(norm)
+    x = (torch.randn(7, 5, 2, 12) * torch.rand(7, 5, 1, 1).mul(3).exp() * 0.2).to(dtype)
+    norm(x)
+    h = x.double()
+    h = h - h.mean((-2, -1), keepdim=True) if norm.centred else h
+    scaled = h * norm.weight.detach().double() if affine else h
+    energy = scaled.square().sum((-2, -1))
+    r = (h.square().mean((-2, -1)) + 1e-2).sqrt()
+    assert norm.pending.tolist() == pytest.approx([(energy / r).mean().item(), energy.mean().item(), 1], rel=1e-5)

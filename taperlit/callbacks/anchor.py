@@ -14,6 +14,7 @@ from taperlit.callbacks.submodule import first_input, named_module
 from taperlit.distributed import mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm
+from taperlit.training.lightning_compat import should_log
 
 
 class ScaleAnchor(L.Callback):
@@ -173,13 +174,14 @@ class ScaleAnchor(L.Callback):
     ) -> None:
         """Update the moving average from this step's batches, over all ranks; log the step's scale loss."""
         if has_gradients(optimizer):
-            if self.target is not None:
+            if self.target is None:
+                if self._updated != trainer.global_step:  # LBFGS runs forward several times per step: the first counts
+                    total, count = self._sum_over_ranks(trainer, self._scales)
+                    self._update(total / count)
+                    self._updated = trainer.global_step
+            elif should_log(trainer):  # Lightning's log takes most of a millisecond
                 total, count = self._sum_over_ranks(trainer, self._step_penalties)
                 pl_module.log("train/scale_loss", total / count.clamp(min=1e-9))
-            elif self._updated != trainer.global_step:  # LBFGS runs forward several times per step: the first counts
-                total, count = self._sum_over_ranks(trainer, self._scales)
-                self._update(total / count)
-                self._updated = trainer.global_step
         self._forget_batches()
 
     def _sum_over_ranks(self, trainer: L.Trainer, values: list[Tensor]) -> Tensor:

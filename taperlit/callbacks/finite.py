@@ -112,9 +112,8 @@ class FiniteGuard(L.Callback):
             pl_module.log("train/skipped_steps", float(self.skipped))
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        parameters = list(pl_module.parameters())
-        if not pl_module.automatic_optimization:  # the others' gradients may be stale
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # Those that would step, and at hand; with several optimizers the others' gradients may be stale.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [] if _is_scaled(trainer) else [p.grad for p in parameters]
         bad_loss = self._bad_loss
         if bad_loss is None:

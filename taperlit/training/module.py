@@ -171,12 +171,11 @@ class LanguageModel(L.LightningModule):
         self._losses.clear()
         self.log("train/loss", loss, prog_bar=True)
         if should_log(self.trainer):
-            self.log("train/grad_norm", self._gradient_norm())
+            self.log("train/grad_norm", self._gradient_norm(_gradients(optimizer)))
             self.log("train/lr", optimizer.param_groups[0]["lr"])
 
-    def _gradient_norm(self) -> Tensor:
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        return gradient_norms(self.trainer, {"all": grads})["all"]
+    def _gradient_norm(self, gradients: list[Tensor]) -> Tensor:
+        return gradient_norms(self.trainer, {"all": gradients})["all"]
 
     def configure_gradient_clipping(
         self,
@@ -188,10 +187,10 @@ class LanguageModel(L.LightningModule):
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        scale = (gradient_clip_val / (self._gradient_norm() + 1e-6)).clamp(max=1.0)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                local(parameter.grad).mul_(scale)
+        gradients = _gradients(optimizer)
+        scale = (gradient_clip_val / (self._gradient_norm(gradients) + 1e-6)).clamp(max=1.0)
+        if gradients:
+            torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say who wrote it, and give the optimizer's states by the parameters' names.
@@ -212,13 +211,13 @@ class LanguageModel(L.LightningModule):
             state["param_groups"] = [{**g, "params": [name[i] for i in g["params"]]} for g in state["param_groups"]]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW (fused on CUDA) with linear warm-up, then cosine, over ``trainer.max_steps``.
+        """AdamW (fused where torch can) with linear warm-up, then cosine, over ``trainer.max_steps``.
 
         Raises:
             TaperlitError: ``trainer.max_steps`` is not set.
         """
         # A fused step unscales by itself, which Lightning cannot clip; only float16 has a scale.
-        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
         optimizer, schedule = adamw.build(self, self._settings(), fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -248,3 +247,8 @@ class LanguageModel(L.LightningModule):
             model = Transformer(self.config)
             tokens = torch.zeros(1, block_size, dtype=torch.int64)
             return measure_flops(model, lambda: model(tokens), torch.sum) / block_size
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Those that the optimizer is about to use; it has them at hand, where a module would be searched for them."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

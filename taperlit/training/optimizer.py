@@ -37,7 +37,7 @@ def build(model: nn.Module, settings: Settings, fused: bool) -> tuple[AdamW, Lam
     Args:
         model: on its device. Its linear maps' matrices decay; all else does not.
         settings: see :class:`Settings`.
-        fused: torch's fused implementation, for CUDA.
+        fused: torch's fused implementation, one pass over each parameter, for CPU and CUDA.
     """
     decay, keep = _groups(model.modules(), model.parameters())
     optimizer = AdamW(

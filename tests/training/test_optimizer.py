@@ -117,3 +117,10 @@ def test_a_trainer_without_our_command_line_applies_what_it_is_given_too(tmp_pat
     rates.clear()
     fit(8, str(tmp_path / "five.ckpt"), lr=0.001)
     assert rates == [pytest.approx(0.001 * warmup_cosine(step, 2, 8, 0.1)) for step in (5, 6, 7)]
+
+
+def test_the_fused_step_is_the_plain_one():
+    (before, *plain), (again, *fused) = ((m := model(), *build(m, SETTINGS, fused=way)) for way in (False, True))
+    assert steps(before, *plain, 6) == steps(again, *fused, 6)
+    for mine, theirs in zip(again.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
