@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from taperlit.bench.results import Row
 from taperlit.bench.turns import ratios, seconds, spread, take_turns
 from taperlit.compare import largest_difference
 from taperlit.decode.engine import Backend, Engine
+from taperlit.decode.layout import Layouts, in_words
 from taperlit.decode.norms import RmsForm, fastest_rms_form
 from taperlit.errors import TaperlitError
 from taperlit.training.policy import Policy
@@ -165,7 +166,7 @@ def decode_rows(models: Models, setting: Setting, peers: bool = True, count_laye
     contenders: dict[str, Contender] = {}
     texts: dict[str, Tensor] = {}
     skipped: dict[str, str] = {}
-    layout = "auto"
+    layout: Layouts | Literal["auto"] = "auto"
     rms_form = _rms_form(models.config, setting)
     variants = dict(models.variants)
     if rms_form != "fused":  # torch's own function is slower here; it is what others run, and is told too
@@ -182,7 +183,7 @@ def decode_rows(models: Models, setting: Setting, peers: bool = True, count_laye
             "kernels_per_token": len(kernels),
             "bytes_per_step": size,
             "tokens": agreement,
-            "layout": layout,
+            "layout": in_words(layout),
             "norm": form if name.startswith("normalized") and models.config.norm == "rmsnorm" else None,
         }
         if name == "folded" and count_layers:
@@ -249,7 +250,10 @@ def _rms_form(config: TransformerConfig, setting: Setting) -> RmsForm:
 
 
 def _build(
-    model: Transformer, setting: Setting, layout: str, rms_form: RmsForm | Literal["auto"] = "auto"
+    model: Transformer,
+    setting: Setting,
+    layout: Layouts | Literal["auto"],
+    rms_form: RmsForm | Literal["auto"] = "auto",
 ) -> tuple[Engine, list[str] | None]:
     """An engine, and the kernels that its compiled step calls, if they are known by its being compiled."""
     engine: Engine | None = None
@@ -263,7 +267,7 @@ def _build(
             setting.device,
             setting.dtype,
             backend=setting.backend,
-            layout=cast(Any, layout),
+            layout=layout,
             rms_form=rms_form,
         )
 
@@ -286,7 +290,7 @@ def _count(engine: Engine, prompts: Tensor) -> list[str]:
     return dispatched(lambda: step(engine, tokens))
 
 
-def _kernels_per_layer(models: Models, setting: Setting, layout: str, kernels: int) -> float:
+def _kernels_per_layer(models: Models, setting: Setting, layout: Layouts, kernels: int) -> float:
     """By a folded model of another depth, so that embedding and head are left out."""
     config = models.config
     depth = 2 if config.n_layer != 2 else 3
@@ -544,7 +548,7 @@ def compare_decoding(
     config = next(iter(models.values())).config
     prompt_tokens = min(prompt_tokens, max(1, config.block_size // 4))
     new_tokens = max(2, min(new_tokens, config.block_size - prompt_tokens))
-    layout: Any = "auto"
+    layout: Layouts | Literal["auto"] = "auto"
     works = {}
     for name, model in models.items():
         device, dtype = model.head.weight.device, model.head.weight.dtype

@@ -11,37 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taperlit.decode.layout import Layout, lay
+from taperlit.decode.layout import Layouts
 from taperlit.decode.norms import Norm, RmsForm, read_norm
+from taperlit.decode.product import Product, make_product
 from taperlit.errors import TaperlitError
 from taperlit.transformer import Block as TransformerBlock
 from taperlit.transformer import Linear, Transformer, TransformerConfig
 
 Attend = Callable[[int, Tensor], Tensor]
 """Attention of a layer, given (N, n, D) queries, keys and values, rotated; returns (N, H D)."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """``y = x W + b``.
-
-    Args:
-        weight: (d_in, d_out), whatever its strides.
-        bias: (d_out,), or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map (N, d_in) to (N, d_out)."""
-        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
-
-    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """``residual + y``, the sum inside the product."""
-        if self.bias is not None:
-            residual = residual + self.bias
-        return torch.addmm(residual, x, self.weight)
 
 
 @dataclass(frozen=True)
@@ -170,14 +148,16 @@ def rows_at(table: Tensor, position: Tensor | int) -> Tensor:
     return table.narrow(0, position, 1) if isinstance(position, int) else table.index_select(0, position)
 
 
-def read_decoder(model: nn.Module, device: torch.device, dtype: torch.dtype, layout: Layout, form: RmsForm) -> Decoder:
+def read_decoder(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, layouts: Layouts, form: RmsForm
+) -> Decoder:
     """Read a model once.
 
     Args:
         model: our ``Transformer``: plain, tapered, or folded.
         device: of the tensors.
         dtype: of the tensors.
-        layout: of the matrices.
+        layouts: of the matrices.
         form: how RMSNorms are computed.
 
     Returns:
@@ -193,7 +173,7 @@ def read_decoder(model: nn.Module, device: torch.device, dtype: torch.dtype, lay
     # Interleaves the halves that Llama's layout rotates against each other; values and learned positions stay.
     pairs = torch.arange(D).view(2, -1).t().flatten() if model.rope is not None else torch.arange(D)
 
-    def product(names: dict[str, nn.Module], interleave: int = 0) -> Product:
+    def product(role: str, names: dict[str, nn.Module], interleave: int = 0) -> Product:
         """The maps stacked, the first ``interleave`` of them with their heads' features interleaved."""
         weights, biases = [], []
         for i, (name, module) in enumerate(names.items()):
@@ -209,7 +189,7 @@ def read_decoder(model: nn.Module, device: torch.device, dtype: torch.dtype, lay
         if any(bias is not None for bias in biases):
             biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return Product(lay(weight, layout), None if biases[0] is None else torch.cat(biases))
+        return make_product(weight, None if biases[0] is None else torch.cat(biases), layouts[role])
 
     def norm(name: str, module: nn.Module) -> Norm | None:
         return read_norm(name, module, like, form)
@@ -222,11 +202,11 @@ def read_decoder(model: nn.Module, device: torch.device, dtype: torch.dtype, lay
         blocks.append(
             Block(
                 attn_norm=norm(f"{at}.attn_norm", block.attn_norm),
-                qkv=product(qkv, interleave=2),
-                o=product({f"{at}.attn.o_proj": attn.o_proj}),
+                qkv=product("qkv", qkv, interleave=2),
+                o=product("o", {f"{at}.attn.o_proj": attn.o_proj}),
                 mlp_norm=norm(f"{at}.mlp_norm", block.mlp_norm),
-                up=product({name: module for name, module in up.items() if module is not None}),
-                down=product({f"{at}.mlp.down_proj": mlp.down_proj}),
+                up=product("up", {name: module for name, module in up.items() if module is not None}),
+                down=product("down", {f"{at}.mlp.down_proj": mlp.down_proj}),
                 gated=mlp.gate_proj is not None,
                 d_head=D,
                 n_turned=config.n_head + config.kv_heads,
@@ -242,5 +222,5 @@ def read_decoder(model: nn.Module, device: torch.device, dtype: torch.dtype, lay
         angles=angles,
         blocks=blocks,
         final_norm=norm("final_norm", model.final_norm),
-        head=product({"head": model.head}),
+        head=product("head", {"head": model.head}),
     )

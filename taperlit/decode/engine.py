@@ -10,9 +10,10 @@ from taperlit.compare import largest_difference
 from taperlit.decode.cache import Cache
 from taperlit.decode.decoder import read_decoder
 from taperlit.decode.graph import captured
-from taperlit.decode.layout import Layout, fastest_layout
+from taperlit.decode.layout import Layouts, fastest_layouts, same_layouts
 from taperlit.decode.loop import Decoding, Prompts
 from taperlit.decode.norms import RmsForm, fastest_rms_form
+from taperlit.decode.product import Layout
 from taperlit.errors import TaperlitError
 from taperlit.transformer import Transformer, TransformerConfig
 
@@ -40,7 +41,7 @@ class Engine(Decoding):
         dtype: of weights and activations; None is the model's.
         backend: ``eager``; or ``compile``, by ``torch.compile`` with static shapes, and on a GPU as a CUDA graph;
             ``auto`` is ``compile`` on a GPU and ``eager`` elsewhere.
-        layout: how matrices lie in memory; ``auto`` measures.
+        layout: how matrices lie in memory, one for all or for each product; ``auto`` measures.
         rms_form: which operations compute an RMSNorm; ``auto`` measures, and is ``fused`` where it is compiled.
 
     Attributes:
@@ -60,7 +61,7 @@ class Engine(Decoding):
         dtype: torch.dtype | None = None,
         *,
         backend: Backend | Literal["auto"] = "auto",
-        layout: Layout | Literal["auto"] = "auto",
+        layout: Layouts | Layout | Literal["auto"] = "auto",
         rms_form: RmsForm | Literal["auto"] = "auto",
     ) -> None:
         if not isinstance(model, Transformer):
@@ -73,9 +74,8 @@ class Engine(Decoding):
         if backend == "auto":
             backend = "compile" if self.device.type == "cuda" else "eager"
         self.backend: Backend = backend
-        self.layout: Layout = (
-            fastest_layout(config, batch_size, self.device, self.dtype) if layout == "auto" else layout
-        )
+        place = (config, batch_size, self.device, self.dtype, backend == "compile")
+        self.layout: Layouts = fastest_layouts(*place) if layout == "auto" else same_layouts(layout, *place)
         if rms_form == "auto":
             rows = torch.ones(batch_size, config.d_model, device=self.device, dtype=self.dtype)
             rms_form = "fused" if backend == "compile" else fastest_rms_form(rows)
@@ -107,7 +107,7 @@ class Engine(Decoding):
     def bytes_per_step(self) -> int:
         """Bytes that the next step reads at least: all weights, and the keys and values that it attends to."""
         slots = self.filled + 1 if self.backend == "eager" else self.cache.slots
-        return sum(t.nbytes for t in self.decoder.tensors()) + self.cache.storage[:, :, :, :slots].nbytes
+        return sum(t.numel() * t.itemsize for t in self.decoder.tensors()) + self.cache.storage[:, :, :, :slots].nbytes
 
     @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from taperlit.checkpoint.atomic import write_directory
 from taperlit.compare import largest_difference
 from taperlit.decode.decoder import read_decoder
+from taperlit.decode.layout import Layouts, shapes_of
 from taperlit.decode.onnx_engine import TOKENIZER, OnnxEngine, write_config
 from taperlit.decode.onnx_graph import library, padded_head, write_graph
 from taperlit.errors import TaperlitError
@@ -60,8 +61,9 @@ def export_onnx(
     }
 
     def fill(partial: Path) -> None:
+        rows: Layouts = dict.fromkeys(shapes_of(config), "rows")
         # In float32 until it is written, so that a tied head is seen to be the embedding's matrix.
-        write_graph(read_decoder(model, torch.device("cpu"), torch.float32, "rows", "fused"), partial, dtype)
+        write_graph(read_decoder(model, torch.device("cpu"), torch.float32, rows, "fused"), partial, dtype)
         if tokenizer_json is not None:
             (partial / TOKENIZER).write_text(tokenizer_json)
         write_config(partial, shapes)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taperlit.decode.decoder import Decoder, Product
+from taperlit.decode.decoder import Decoder
 from taperlit.decode.norms import Blend, FusedRmsNorm, LayerNorm, LinearMap, Norm
+from taperlit.decode.product import Product
 from taperlit.errors import TaperlitError
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"

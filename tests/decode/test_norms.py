@@ -5,11 +5,9 @@ import torch
 from torch import nn
 
 from taperlit.decode.clock import fastest
-from taperlit.decode.layout import fastest_layout, lay
 from taperlit.decode.norms import fastest_rms_form, read_norm, rms_norm
 from taperlit.errors import TaperlitError
 from taperlit.norm import Affine, TaperLayerNorm, TaperRMSNorm
-from taperlit.transformer import TransformerConfig
 
 
 @pytest.mark.parametrize("form", ["fused", "composed"])
@@ -67,15 +65,5 @@ def test_the_fastest_is_the_fastest():
 
 def test_measuring_leaves_the_random_state():
     state = torch.get_rng_state()
-    config = TransformerConfig.from_preset("small_1m")
-    assert fastest_layout(config, 1, torch.device("cpu"), torch.float32) in ("rows", "columns")
     assert fastest_rms_form(torch.ones(1, 64)) in ("fused", "composed")
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_layout_changes_strides_alone():
-    weight = torch.randn(5, 3)
-    rows, columns = lay(weight, "rows"), lay(weight, "columns")
-    assert torch.equal(rows, columns)
-    assert rows.data_ptr() == weight.data_ptr()
-    assert columns.is_contiguous()
