@@ -49,6 +49,7 @@ COLUMNS = {
 FLOAT32_TOLERANCE = 1e-4  # of logits relative to the largest: rounding of float32 through many layers
 COARSE = 4  # times the model's own error in a half precision is rounding too
 CHECKED_TOKENS = 32
+PAUSE = 0.3  # seconds between turns: onnxruntime's threads wait busily for a while after theirs
 
 
 class Decodes(Protocol):
@@ -197,7 +198,7 @@ def decode_rows(models: Models, setting: Setting, peers: bool = True, count_laye
                 contenders[name] = build()
             except Unavailable as reason:
                 skipped[name] = str(reason)
-    timings = take_turns({name: contender.run for name, contender in contenders.items()}, setting.rounds)
+    timings = take_turns({name: contender.run for name, contender in contenders.items()}, setting.rounds, pause=PAUSE)
     for name, contender in contenders.items():
         yield _row(name, setting, timings[name], timings["normalized"], contender.facts)
     for name, why in skipped.items():

@@ -49,13 +49,16 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(works: Mapping[str, Callable[[], Result]], rounds: int = 7, warmup: int = 1) -> dict[str, list[Result]]:
+def take_turns(
+    works: Mapping[str, Callable[[], Result]], rounds: int = 7, warmup: int = 1, pause: float = 0.0
+) -> dict[str, list[Result]]:
     """Let alternatives take turns.
 
     Args:
         works: by name, functions that do some work and return what they measured of it.
         rounds: times that the results of each are kept.
         warmup: times that each runs before.
+        pause: seconds before each turn.
 
     Returns:
         The results of each, by round.
@@ -63,6 +66,7 @@ def take_turns(works: Mapping[str, Callable[[], Result]], rounds: int = 7, warmu
     results: dict[str, list[Result]] = {name: [] for name in works}
     for turn in range(-warmup, rounds):
         for name, work in works.items():
+            time.sleep(pause)
             result = work()
             if turn >= 0:
                 results[name].append(result)

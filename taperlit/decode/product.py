@@ -93,13 +93,16 @@ def layouts_for(d_in: int, d_out: int, device: torch.device, dtype: torch.dtype,
         d_out: of it.
         device: where it is.
         dtype: of it.
-        compiled: the product is compiled, by a compiler that knows nothing of packed matrices.
+        compiled: the product is compiled, by a compiler that knows nothing of packed matrices, and makes slow loops of
+            a batch of products.
     """
     layouts: list[Layout] = ["rows", "columns"]
     threads = torch.get_num_threads()
-    if device.type == "cpu" and threads > 1 and d_out % threads == 0:
+    if device.type != "cpu" or compiled:
+        return layouts
+    if threads > 1 and d_out % threads == 0:
         layouts.append("split")
-    if device.type == "cpu" and not compiled and _packs(d_in, d_out, dtype):
+    if _packs(d_in, d_out, dtype):
         layouts.append("packed")
     return layouts
 
