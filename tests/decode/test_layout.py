@@ -39,8 +39,8 @@ def test_what_is_possible_where():
     assert layouts_for(8, 9, torch.device("cuda"), torch.float32, compiled=False) == ["rows", "columns"]
     assert "split" not in layouts_for(8, 9, CPU, torch.float32, compiled=False)  # nine are not two halves
     assert layouts_for(8, 10, CPU, torch.float32, compiled=True) == ["rows", "columns"]
-    config = TransformerConfig.from_preset("small_1m", vocab_size=101)
-    with pytest.raises(TaperlitError, match="head matrix cannot be split here; give rows or columns"):
+    config = TransformerConfig.from_preset("small_1m")
+    with pytest.raises(TaperlitError, match="qkv matrix cannot be split here; give rows or columns"):
         same_layouts("split", config, 1, CPU, torch.float32, compiled=True)
 
 
