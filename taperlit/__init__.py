@@ -18,6 +18,8 @@ _HOMES = {
     "ScaleAnchor": "taperlit.callbacks",
     "TaperMonitor": "taperlit.callbacks",
     "TaperlitError": "taperlit.errors",
+    "Engine": "taperlit.decode.engine",
+    "Sampling": "taperlit.decode.sampling",
     "Gate": "taperlit.norm",
     "TaperLayerNorm": "taperlit.norm",
     "TaperNorm": "taperlit.norm",

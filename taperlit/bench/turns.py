@@ -4,6 +4,7 @@ A machine's speed drifts; two alternatives measured one after the other are comp
 each round sees about the same machine, and the spread over the rounds says how true that was.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,9 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 def take_turns(
     works: Mapping[str, Callable[[], Result]], rounds: int = 7, warmup: int = 1, pause: float = 0.0
 ) -> dict[str, list[Result]]:
-    """Let alternatives take turns.
+    """Let alternatives take turns, in another order each round.
+
+    What one leaves behind, in caches or in threads that are still awake, then does not always meet the same one.
 
     Args:
         works: by name, functions that do some work and return what they measured of it.
@@ -65,9 +68,9 @@ def take_turns(
     """
     results: dict[str, list[Result]] = {name: [] for name in works}
     for turn in range(-warmup, rounds):
-        for name, work in works.items():
+        for name in random.Random(turn).sample(list(works), len(works)):
             time.sleep(pause)
-            result = work()
+            result = works[name]()
             if turn >= 0:
                 results[name].append(result)
     return results

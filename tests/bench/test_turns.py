@@ -16,8 +16,13 @@ def test_alternatives_take_turns_and_the_first_ones_are_not_kept():
 
         return run
 
-    assert take_turns({"a": work("a"), "b": work("b")}, rounds=2, warmup=1) == {"a": [3, 5], "b": [4, 6]}
-    assert turns == ["a", "b"] * 3
+    taken = take_turns({"a": work("a"), "b": work("b")}, rounds=12, warmup=1)
+    rounds = [turns[i : i + 2] for i in range(0, 26, 2)]
+    assert all(sorted(both) == ["a", "b"] for both in rounds)
+    assert 1 < sum(both == ["a", "b"] for both in rounds) < 12  # neither always follows the other
+    assert [*taken] == ["a", "b"]
+    assert sorted(taken["a"] + taken["b"]) == [*range(3, 27)]
+    assert all(turns[i - 1] == name for name, places in taken.items() for i in places)
 
 
 def test_seconds_are_those_of_the_work():

@@ -1,5 +1,6 @@
 """The README's lines, as they stand: a model of somebody else's trained in one process and loaded in another."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -7,7 +8,12 @@ from pathlib import Path
 
 import torch
 
+from taperlit.checkpoint.folded import write_folded
+from taperlit.folding import fold
+from taperlit.norm import shared_gate
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MINE = """
 import lightning as L
 import torch
@@ -61,7 +67,7 @@ with torch.no_grad():  # nor does torch's fused path, off in training, make a di
 
 
 def test_taper_train_fold_and_load_in_a_fresh_process(tmp_path):
-    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second, _ = BLOCKS
     assert sum(bool(line.strip()) for line in (first + second).splitlines()) < 20
     (tmp_path / "mine.py").write_text(MINE)
     for script, lines in ((FIRST, first.replace("10_000", "40")), (SECOND, second)):
@@ -69,3 +75,15 @@ def test_taper_train_fold_and_load_in_a_fresh_process(tmp_path):
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path, capture_output=True)
     assert (tmp_path / "outputs.pt").exists()
     assert torch.load(tmp_path / "outputs.pt")[1].shape == (7, 3)
+
+
+def test_decode_a_folded_model(tmp_path, tiny, monkeypatch, capsys):
+    model = tiny(["*"]).eval()
+    shared_gate(model).set(0.0)
+    structure = fold(model, lambda: model(torch.arange(9)[None]))
+    write_folded(tmp_path / "folded", model, structure)
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[2], {})
+    steps = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(steps) == 30  # the context is 32, and the longer prompt has 3 tokens
+    assert all(len(block) == 1 and len(block[0]) == 2 for block in steps)
