@@ -1,11 +1,15 @@
 """A decode step as compiled kernels, and on a GPU as one CUDA graph."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
+
+from taperlit.compare import in_a_line
+from taperlit.errors import TaperlitError
 
 Step = Callable[[Tensor], Tensor]
 
@@ -21,6 +25,9 @@ def captured(step: Step, tokens: Tensor) -> Step:
 
     Returns:
         The same function. On a GPU its result is overwritten by the next call.
+
+    Raises:
+        TaperlitError: it cannot be compiled here; for want of a C++ compiler, say.
     """
     compiled = torch.compile(_own_code(step), fullgraph=True, dynamic=False)
     kept = tokens.clone()  # one tensor for all calls: another kind, an inference tensor say, would be compiled anew
@@ -30,13 +37,14 @@ def captured(step: Step, tokens: Tensor) -> Step:
             kept.copy_(tokens)
             return compiled(kept)
 
-        run(tokens)
+        with _refused():
+            run(tokens)
         return run
     # torch's own graph and not compile's "reduce-overhead", which would copy every weight that is not a module's
     # parameter into the graph's pool.
     stream = torch.cuda.Stream(tokens.device)
     stream.wait_stream(torch.cuda.current_stream(tokens.device))
-    with torch.cuda.stream(stream):
+    with _refused(), torch.cuda.stream(stream):
         for _ in range(WARMUP_STEPS):
             compiled(kept)
     torch.cuda.current_stream(tokens.device).wait_stream(stream)
@@ -50,6 +58,15 @@ def captured(step: Step, tokens: Tensor) -> Step:
         return logits
 
     return replay
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Tell in one line what a compiler raises."""
+    try:
+        yield
+    except Exception as error:
+        raise TaperlitError(f"The step cannot be compiled here ({in_a_line(error)}); give --backend eager.") from error
 
 
 def _own_code(step: Step) -> Step:
