@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as every_module
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +18,13 @@ from taperlit.errors import TaperlitError
 FEW_LOGITS = 2**21
 # Tokens whose logits a CPU's caches hold: twice as fast as a whole batch of 2048 (10,000 entries, width 64).
 CACHED_TOKENS = 512
+# torch's tables of hooks that every module runs; it has no public way to ask for them.
+GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 def chunked_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor, chunk_tokens: int = 4096) -> Tensor:
@@ -92,7 +99,7 @@ def _is_plain(head: nn.Linear, x: Tensor) -> bool:
         and not {"forward", "_call_impl"} & head.__dict__.keys()
         and head._compiled_call_impl is None
         and not any(hooks)
-        and not _has_any_global_hook()
+        and not any(getattr(every_module, name) for name in GLOBAL_HOOKS)
         and not is_parametrized(head)
         and dtype is not torch.float16
         and only_backward(x, head.weight, head.bias)

@@ -37,6 +37,7 @@ def about(command: str, device: torch.device) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # with what it was built for
     return {
         "versions": versions,
         "device": name_of(device),

@@ -210,12 +210,10 @@ def test_compiled_steps_give_the_same_tokens(preset, kind):
         assert engine.generate(prompts, 12) == [greedy(model, prompt, 12) for prompt in prompts]
 
 
-def test_what_cannot_be_compiled_is_told_in_one_line(monkeypatch):
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    torch.compiler.reset()
+def test_what_cannot_be_compiled_is_told_in_one_line():
     model = build("folded", n_head=4, d_ff=80)  # a step that was not compiled before
-    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(TaperlitError) as told:
+    nothing = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True})
+    with nothing, pytest.raises(TaperlitError) as told:
         Engine(model, backend="compile")
     assert "cannot be compiled here" in str(told.value)
     assert "--backend eager" in str(told.value)
