@@ -32,7 +32,6 @@ WAYS = {
         2, 2, 1,
         ["--trainer.strategy", "{class_path: cpu_fsdp.CpuFSDPStrategy}", "--trainer.enable_checkpointing=false"],
     ),
-    "tensor parallel, in chunks": (2, 4, 1, ["--trainer.strategy", TENSOR]),
 }  # fmt: skip
 
 
