@@ -76,19 +76,17 @@ CASES = [
 ]
 
 
-# The smallest of their matrices, and both odd and even numbers of rows, in whatever layout there is here.
-LAYOUTS = layouts_for(32, 48, torch.device("cpu"), torch.float32, compiled=False)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     case=st.sampled_from(CASES),
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=8),
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from(["rows", "columns", "split", "packed"]),
     form=st.sampled_from(["fused", "composed"]),
 )
 def test_any_batch_of_prompts(case, lengths, layout, form):
     prompts = prompts_of(lengths)
+    if layout not in layouts_for(32, 48, torch.device("cpu"), torch.float32, compiled=False):
+        layout = "columns"  # one thread alone has nothing to split, and not every torch has oneDNN
     engine = Engine(case, batch_size=len(lengths), layout=layout, rms_form=form)
     room = 24 - max(lengths) + 1
     for _ in range(2):  # the second time on a used cache
