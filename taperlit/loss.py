@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of a whole batch."""
+"""Next-token cross-entropy, as a mean or per token, that never holds the logits of a whole batch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +53,30 @@ def chunked_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor, chunk_tok
     return _summed(head, x, targets, chunk_tokens) / count
 
 
+@torch.no_grad()
+def token_losses(head: nn.Module, x: Tensor, targets: Tensor, chunk_tokens: int = 4096) -> Tensor:
+    """The cross-entropy of ``head(x)`` at each target, in float32 and without a graph: for evaluation.
+
+    The head is called as a module, chunk by chunk, so that peak memory holds ``chunk_tokens * vocab_size`` logits (on a
+    CPU no more than :data:`CACHED_TOKENS` rows). The mean over the targets that count is
+    :func:`chunked_cross_entropy`, to float32 rounding.
+
+    Args:
+        head: maps (n, d_model) to (n, vocab_size).
+        x: (..., d_model).
+        targets: (...) token ids; -100 does not count.
+        chunk_tokens: most tokens whose logits are held at once.
+
+    Returns:
+        (...) float32 losses in nats; 0 where the target does not count.
+    """
+    chunk = min(chunk_tokens, CACHED_TOKENS) if x.device.type == "cpu" else chunk_tokens
+    parts = [
+        _module_loss(head, part, target, "none") for part, target in _chunks(x.flatten(0, -2), targets.flatten(), chunk)
+    ]
+    return torch.cat(parts).view(targets.shape)
+
+
 def _summed(head: nn.Module, x: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
     linear = head if isinstance(head, nn.Linear) and _is_plain(head, x) else None
     if linear is not None and not (len(x) <= chunk_tokens and len(x) * linear.out_features <= FEW_LOGITS):
@@ -81,8 +105,8 @@ def _chunks(x: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Ten
     return zip(x.split(size), targets.split(size), strict=True)
 
 
-def _module_loss(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(x).float(), targets, reduction="sum")
+def _module_loss(head: nn.Module, x: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+    return F.cross_entropy(head(x).float(), targets, reduction=reduction)
 
 
 def _is_plain(head: nn.Linear, x: Tensor) -> bool:

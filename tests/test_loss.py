@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from taperlit import loss as losses
 from taperlit.errors import TaperlitError
-from taperlit.loss import chunked_cross_entropy
+from taperlit.loss import chunked_cross_entropy, token_losses
 
 WAYS = ("linear_cross_entropy", "gradients in forward", "module")
 
@@ -240,3 +240,69 @@ def test_compiled_as_a_whole():
     grads = torch.autograd.grad(compiled(x), [x, *head.parameters()])
     for grad, other in zip(grads, expected_of(head, x, targets)[1], strict=True):
         torch.testing.assert_close(grad.double(), other, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 4),
+    tokens=st.integers(1, 30),
+    vocab=st.integers(2, 60),
+    chunk=st.integers(1, 50),
+    scale=st.floats(0.01, 300),
+    ignored=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_the_loss_of_each_token(rows, tokens, vocab, chunk, scale, ignored, seed):
+    torch.manual_seed(seed)
+    head, x = nn.Linear(5, vocab), torch.randn(rows, tokens, 5) * scale
+    targets = torch.randint(vocab, (rows, tokens)).where(torch.rand(rows, tokens) >= ignored, -100)
+    loss = token_losses(head, x.requires_grad_(), targets, chunk)
+    assert loss.shape == targets.shape
+    assert loss.dtype == torch.float32
+    assert not loss.requires_grad
+    assert not loss[targets == -100].any()
+    logits = nn.functional.linear(x.double(), head.weight.double(), head.bias.double())
+    whole = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(loss.double(), whole, rtol=1e-5, atol=1e-5 * (1 + scale))
+    if (targets != -100).any():
+        mean = chunked_cross_entropy(head, x, targets, chunk)
+        torch.testing.assert_close(loss.sum() / (targets != -100).sum(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [_hooked, _pre_hooked, _wrapped, _parametrized, Scaled])
+def test_what_is_put_on_the_head_is_obeyed_per_token(change):
+    torch.manual_seed(0)
+    head = (Scaled if change is Scaled else nn.Linear)(8, 20, bias=False)
+    weight = head.weight.detach().double()
+    if change is not Scaled:
+        change(head)
+    x, targets = torch.randn(10, 8), torch.randint(20, (10,))
+    expected = nn.functional.cross_entropy(2 * x.double() @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(token_losses(head, x, targets, 3).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_token_losses_hold_no_more_logits_than_asked_for():
+    head, vocab = nn.Linear(8, 500), 500
+    for tokens, chunk, rows in ((512, 64, 64), (1100, 4096, losses.CACHED_TOKENS)):
+        with LargestTensor() as watch:
+            token_losses(head, torch.randn(tokens, 8), torch.randint(vocab, (tokens,)), chunk)
+        assert watch.largest == rows * vocab
+
+
+def test_token_losses_are_float32_under_autocast():
+    torch.manual_seed(0)
+    head, x, targets = nn.Linear(8, 50), torch.randn(40, 8), torch.randint(50, (40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = token_losses(head, x, targets, 16), head(x).float()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, targets, reduction="none"))
+
+
+def test_what_is_not_finite_stays_in_its_own_token():
+    head, x = nn.Linear(4, 9), torch.randn(2, 3, 4)
+    x[0, 1], x[1, 2] = float("nan"), float("inf")
+    targets = torch.randint(9, (2, 3))
+    targets[1, 2] = -100
+    loss = token_losses(head, x, targets, 2)
+    assert loss.isfinite().tolist() == [[True, False, True], [True, True, True]]
+    assert loss[1, 2] == 0
