@@ -7,6 +7,11 @@ With ``h`` a token's vector, ``r(h)`` the norm's denominator, ``c`` the alignmen
 
 ``beta`` is the norm's own ``bias``; ``gamma`` its own ``weight`` or, as in Gemma, ``1 + weight``; ``gamma~`` and
 ``beta~`` are ``taper_weight`` and ``taper_bias``, read the same way.
+
+``c`` is fitted to the tokens' ``1 / r`` (:class:`AlignmentFit`). Position 0 of every sequence may have a scalar of its
+own on the way (:meth:`TaperNorm.separate_first`): there ``c`` is ``c_0 = c_first^s * c^(1 - s)``, where ``s`` is 1
+until the gate has closed and then falls to 0, which leaves the one map for all. The two differ by a hundredfold in
+pretrained models: a geometric mean goes from one to the other by equal factors, where an arithmetic one would jump.
 """
 
 import ctypes
@@ -15,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +34,7 @@ class Phase(enum.Enum):
 
     NORMALIZE = "normalize"  # g = 1: the norm's own forward, bit for bit
     BLEND = "blend"  # 0 < g < 1
+    LINEAR_FIRST = "linear_first"  # g = 0 and s > 0: an affine map, with another scalar at position 0
     LINEAR = "linear"  # g = 0: an affine map with no per-token statistic
 
 
@@ -43,7 +49,7 @@ class Float32State(nn.Module):
     float32_state: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32State":
-        before = {name: getattr(self, name) for name in self.float32_state}
+        before = {name: old for name in self.float32_state if (old := getattr(self, name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name) if name in self._buffers else fn(old)
@@ -57,11 +63,15 @@ class GatePlan:
 
     Args:
         warmup: the last optimizer step at ``g = 1``, once a schedule has said so.
+        end: the first optimizer step at ``g = 0``, likewise.
         alignment: somebody will freeze the alignment scalars when the warm-up ends.
+        first: somebody will take the share of the first position's own scalar to 0.
     """
 
     warmup: int | None = None
+    end: int | None = None
     alignment: bool = False
+    first: bool = False
 
 
 def call_me(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -72,66 +82,105 @@ def call_me(module: nn.Module, args: tuple[Any, ...]) -> None:
     """
 
 
+class _Number:
+    """What a 0-d float32 tensor holds, whoever wrote it, without waiting for a device that has not changed it."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self._seen: tuple[int, int] | None = None  # the tensor and its version that the value was read from
+        self._address = 0
+        self._memory: ctypes.c_float | None = None  # where the value lies, to be read without an operation
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the address, which is another in a copy."""
+        return {**self.__dict__, "_address": 0, "_memory": None}
+
+    def look(self, tensor: Tensor) -> float:
+        """The value now; on a GPU it is read when torch has counted a write to it."""
+        if (address := tensor.data_ptr()) != self._address:
+            self._address, self._seen = address, None
+            # Straight from memory: item() would be an operation, which tracers and other modes see.
+            self._memory = ctypes.c_float.from_address(address) if tensor.device.type == "cpu" else None
+        if self._memory is not None:
+            self.value = self._memory.value
+        elif self._seen is None or self._seen != self._stamp(tensor):
+            self.read(tensor)
+        return self.value
+
+    def read(self, tensor: Tensor) -> None:
+        """Read the value; waits for the device."""
+        if not tensor.is_meta:
+            self.value, self._seen = tensor.item(), self._stamp(tensor)
+
+    @torch.no_grad()
+    def write(self, tensor: Tensor, value: float) -> None:
+        """Write a value, which then need not be read."""
+        tensor.fill_(value)
+        self.value, self._seen = torch.tensor(value, dtype=torch.float32).item(), self._stamp(tensor)
+
+    @staticmethod
+    def _stamp(tensor: Tensor) -> tuple[int, int] | None:
+        # Inference tensors count no writes.
+        return None if tensor.is_inference() else (id(tensor), tensor._version)
+
+
 class Gate(Float32State):
     """The global gate ``g`` in [0, 1], shared by every TaperNorm of a model.
 
-    ``value`` is a 0-d float32 buffer, so a moving gate neither syncs nor recompiles; ``phase`` follows it.
+    ``value`` is a 0-d float32 buffer, so a moving gate neither syncs nor recompiles; ``phase`` follows it. So is
+    ``first``, the share ``s`` of the first position's own scalars; None, and in no state dict, where there are none.
     """
 
-    float32_state = ("value",)
+    float32_state = ("value", "first")
     value: Tensor
+    first: Tensor | None
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.register_buffer("value", torch.ones((), dtype=torch.float32, device=device))
+        self.register_buffer("first", None)
         self.plan = GatePlan()
-        self._phase, self._g = Phase.NORMALIZE, 1.0
-        self._seen: tuple[int, int] | None = None  # the tensor and its version that the phase was read from
-        self._address = 0
-        self._memory: ctypes.c_float | None = None  # where the value lies, to be read without an operation
+        self._phase = Phase.NORMALIZE
+        self._g, self._s = _Number(), _Number()
+        self._known = (1.0, 0.0)  # g and s that the phase follows from
         self.register_forward_pre_hook(call_me)
 
     @property
     def phase(self) -> Phase:
-        """The phase of the value as it is now, whoever wrote it: ``set``, a state dict, weight averaging.
+        """The phase of the values as they are now, whoever wrote them: ``set``, a state dict, weight averaging.
 
-        On a GPU, where reading the value would wait for the device, it is read when torch has counted a write to it.
+        On a GPU, where reading a value would wait for the device, it is read when torch has counted a write to it.
         Writes through ``.data`` are not counted; call :meth:`refresh` after them. Compiled code reads the last phase
         and is compiled again when that changes.
         """
         value = self._buffers["value"]  # past nn.Module's slower look-up: every norm asks in every pass
         if torch.compiler.is_compiling() or type(value) is not Tensor:
             return self._phase
-        if (address := value.data_ptr()) != self._address:
-            self._address, self._seen = address, None
-            # Straight from memory: item() would be an operation, which tracers and other modes see.
-            self._memory = ctypes.c_float.from_address(address) if value.device.type == "cpu" else None
-        if self._memory is not None:
-            if (g := self._memory.value) != self._g:
-                self._g, self._phase = g, self._phase_of(g)
-        elif self._seen is None or self._seen != self._stamp():
-            self.refresh()
+        first = self._buffers["first"]
+        known = (self._g.look(value), 0.0 if first is None else self._s.look(first))
+        if known != self._known:
+            self._follow(known)
         return self._phase
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but the address, which is another in a copy."""
-        return {**self.__dict__, "_address": 0, "_memory": None}
-
-    def _stamp(self) -> tuple[int, int] | None:
-        # Inference tensors count no writes.
-        return None if self.value.is_inference() else (id(self.value), self.value._version)
+    def _follow(self, known: tuple[float, float]) -> None:
+        self._known = known
+        g, s = known
+        open_, closed = (Phase.NORMALIZE if g == 1.0 else Phase.BLEND), (Phase.LINEAR_FIRST if s else Phase.LINEAR)
+        self._phase = open_ if g else closed
 
     def refresh(self) -> None:
-        """Read the value and let the phase follow; waits for the device."""
-        if not self.value.is_meta:
-            self._g = self.value.item()
-            self._phase, self._seen = self._phase_of(self._g), self._stamp()
+        """Read the values and let the phase follow; waits for the device."""
+        self._g.read(self.value)
+        if self.first is not None:
+            self._s.read(self.first)
+        self._follow((self._g.value, 0.0 if self.first is None else self._s.value))
 
     def reset_parameters(self) -> None:
-        """Open the gate: ``g = 1``."""
+        """Open the gate: ``g = 1``, and ``s = 1`` where there is one."""
         self.set(1.0)
+        if self.first is not None:
+            self.set_first(1.0)
 
-    @torch.no_grad()
     def set(self, g: float) -> None:
         """Set the gate.
 
@@ -140,13 +189,32 @@ class Gate(Float32State):
         """
         if not 0.0 <= g <= 1.0:
             raise TaperlitError(f"The gate must be between 0 and 1, not {g}.")
-        self.value.fill_(g)
-        self._g = torch.tensor(g, dtype=torch.float32).item()
-        self._phase, self._seen = self._phase_of(self._g), self._stamp()
+        self._g.write(self.value, g)
+        self._follow((self._g.value, self._known[1]))
 
-    @staticmethod
-    def _phase_of(g: float) -> Phase:
-        return Phase.NORMALIZE if g == 1.0 else Phase.LINEAR if g == 0.0 else Phase.BLEND
+    def set_first(self, s: float) -> None:
+        """Set the share of the first position's own scalars; 0 is what a gate without any has.
+
+        Raises:
+            TaperlitError: ``s`` is not in [0, 1], or above 0 where the first position has no scalar of its own.
+        """
+        if not 0.0 <= s <= 1.0:
+            raise TaperlitError(f"The first position's share must be between 0 and 1, not {s}.")
+        if self.first is None:
+            if s:
+                raise TaperlitError(
+                    "The first position has no scalar of its own; call taperlit.surgery.separate_first(model) first."
+                )
+            return
+        self._s.write(self.first, s)
+        self._follow((self._known[0], self._s.value))
+
+    def separate_first(self) -> None:
+        """Have a share ``s``, of 1, from now on; one that has it keeps it as it is."""
+        if self.first is None:
+            self.first = torch.ones_like(self.value)
+            self._s = _Number()
+            self._follow((self._known[0], 1.0))
 
     def extra_repr(self) -> str:
         """The phase."""
@@ -174,13 +242,13 @@ class _HoldIdle(torch.autograd.Function):
 class _Blend(torch.autograd.Function):
     """``y = h * (a / r(h) + b) + shift``: both branches of the blend, in the fewest passes over memory.
 
-    torch's operations one by one take more than twice as long: each of a dozen forward and two dozen backward reads
-    and writes all of ``h``.
+    ``h`` is (..., d), and ``a``, ``b`` and ``shift`` broadcast to it. torch's operations one by one take more than
+    twice as long: each of a dozen forward and two dozen backward reads and writes all of ``h``.
     """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, a: Tensor, b: Tensor, shift: Tensor | None, eps: float) -> Tensor:
-        inverse = _root_mean_square(h, (-1,), eps).reciprocal_()  # (n, 1)
+        inverse = _root_mean_square(h, (-1,), eps).reciprocal_()  # (..., 1)
         ctx.save_for_backward(h, inverse, a, b, shift)
         ctx.eps = eps
         y = torch.addcmul(b, inverse, a).mul_(h)
@@ -197,10 +265,10 @@ class _Blend(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None)
         product = grad * h
-        of_b = product.sum(0) if ctx.needs_input_grad[2] else None
+        of_b = product.sum_to_size(b.shape) if ctx.needs_input_grad[2] else None
         product.mul_(inverse)
-        of_a = product.sum(0) if ctx.needs_input_grad[1] else None
-        of_shift = grad.sum(0) if ctx.needs_input_grad[3] else None
+        of_a = product.sum_to_size(a.shape) if ctx.needs_input_grad[1] else None
+        of_shift = grad.sum_to_size(shift.shape) if ctx.needs_input_grad[3] else None
         of_h = None
         if ctx.needs_input_grad[0]:
             along = product.mul_(a).sum(-1, keepdim=True)  # the gradient along h, which changes r
@@ -232,6 +300,38 @@ class NormKind:
     eps: float | None
 
 
+@dataclass(frozen=True)
+class AlignmentFit:
+    """What the alignment scalar is fitted to: ``c = E[w / r] / E[w]``, the mean of ``1 / r`` under weights ``w``.
+
+    With ``n = h D / r`` the norm's output without its bias, ``c h D`` is fitted to it::
+
+        energy   w = ||h D||^2   c minimises E[||n - c h D||^2], as in arXiv:2602.10408
+        token    w = 1           c minimises E[||n - c h D||^2 / ||h D||^2] = E[(1 / r - c)^2]
+
+    The energy of a few tokens with a huge residual outweighs all others', and the scalar then fits those tokens alone:
+    where one token beside ``T`` equal ones is ``k`` times as large, it is ``(1 + k / T) / (1 + k^2 / T)`` of theirs.
+    Weighed alike, tokens count by their number. One of all zeros has no direction to fit, and weight 0 in both.
+
+    Args:
+        weight: ``energy`` or ``token``.
+        skip: leave out this many positions at the beginning of each sequence. The norm's inputs must then be
+            (B, T, *shape); shorter sequences than that add nothing.
+
+    Raises:
+        TaperlitError: there is no such weight, or ``skip`` is negative.
+    """
+
+    weight: Literal["energy", "token"] = "energy"
+    skip: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight not in ("energy", "token"):
+            raise TaperlitError(f"The alignment's fit is {self.weight!r}; choose energy or token.")
+        if self.skip < 0:
+            raise TaperlitError(f"The alignment's skip is {self.skip}; it must be 0 or more positions.")
+
+
 class TaperNorm(Float32State):
     """The part that every tapered norm shares: a mix-in before the norm's own class.
 
@@ -246,20 +346,33 @@ class TaperNorm(Float32State):
 
     Attributes:
         alignment: ``c``, 0-d float32; 1 until it is frozen.
-        alignment_ema: (3,) float32 moving averages of ``||h D||^2 / r``, ``||h D||^2`` and 1; the third corrects the
-            bias of the first two.
+        alignment_ema: (3,) float32 moving averages of ``w / r``, ``w`` (see :class:`AlignmentFit`) and 1; the third
+            corrects the bias of the first two.
+        alignment_fit: what is weighed how in them; not saved.
+        first_alignment: position 0's own scalar ``c_first``, 0-d float32; None unless :meth:`separate_first` was
+            called, and so are the next two.
+        first_alignment_ema: as ``alignment_ema``, over position 0 alone, which that one then leaves out.
+        first_pending: as ``pending``, likewise.
+        label: the norm's name in its model, for errors; empty where nobody has said it.
         frozen: 0-d float32: 1 once :meth:`freeze` has run, else 0. (Averages of weights take no booleans.)
         pending: (3,) float32 sums over the micro-batches since the last update. A plain tensor, not a buffer: DDP
             copies rank 0's buffers over the other ranks' before every forward, which would lose their statistics.
     """
 
-    float32_state = ("alignment", "alignment_ema", "frozen", "pending")
+    float32_state = (
+        "alignment", "alignment_ema", "frozen", "pending", "first_alignment", "first_alignment_ema", "first_pending",
+    )  # fmt: skip
     taper_weight: nn.Parameter | None
     taper_bias: nn.Parameter | None
     alignment: Tensor
     alignment_ema: Tensor
     frozen: Tensor
     pending: Tensor
+    first_alignment: Tensor | None
+    first_alignment_ema: Tensor | None
+    first_pending: Tensor | None = None
+    alignment_fit = AlignmentFit()
+    label = ""
 
     def _init_taper(self, kind: NormKind, gate: Gate | None, device: torch.device | None = None) -> None:
         weight, bias = self.own("weight"), self.own("bias")
@@ -272,10 +385,14 @@ class TaperNorm(Float32State):
         self.register_buffer("alignment", torch.ones((), dtype=torch.float32, device=device))
         self.register_buffer("alignment_ema", torch.zeros(3, dtype=torch.float32, device=device))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.float32, device=device))
+        self.register_buffer("first_alignment", None)
+        self.register_buffer("first_alignment_ema", None)
         self.pending = torch.zeros(3, dtype=torch.float32, device=device)
         # A child of owner and borrowers alike, so that torch.compile makes one graph for both.
         self.gate = Gate(device).train(self.training) if gate is None else gate
         self.owns_gate = gate is None
+        if self.gate.first is not None:
+            self.separate_first()
 
     def own(self, name: str) -> nn.Parameter | None:
         """The norm's own ``weight`` or ``bias``; not every class has both."""
@@ -294,12 +411,28 @@ class TaperNorm(Float32State):
     def borrow(self, gate: Gate) -> None:
         """Use another norm's gate."""
         self.gate, self.owns_gate = gate, False
+        if self.first_alignment is not None or gate.first is not None:
+            self.separate_first()
+
+    @torch.no_grad()
+    def separate_first(self) -> None:
+        """Give position 0 a scalar of its own, fitted to it alone, which then counts by the gate's share ``s``.
+
+        Inputs must be (B, T, *shape) from then on, and ``T > 1`` outside training while ``g < 1`` and ``s > 0``: with a
+        cache of keys and values, the one token that a step brings is not the first. Nothing happens where it has one.
+        """
+        self.gate.separate_first()
+        if self.first_alignment is None:
+            self.first_alignment = self.alignment.clone()
+            self.first_alignment_ema = torch.zeros_like(self.alignment_ema)
+            self.first_pending = torch.zeros_like(self.pending)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Torch's state dict, where a borrowed gate is left to its owner."""
         state: dict[str, Any] = super().state_dict(*args, prefix=prefix, **kwargs)
         if not self.owns_gate:
-            del state[f"{prefix}gate.value"]
+            for name in self.gate.state_dict():
+                del state[f"{prefix}gate.{name}"]
         return state
 
     @torch.no_grad()
@@ -311,9 +444,30 @@ class TaperNorm(Float32State):
             return  # called by torch's constructor, before the taper exists
         self._copy_affine()
         self.alignment.fill_(1.0)
-        for statistic in (self.alignment_ema, self.frozen, self.pending):
-            statistic.zero_()
+        if self.first_alignment is not None:
+            self.first_alignment.fill_(1.0)
+        self.forget_alignment()
         self.gate.reset_parameters()
+
+    @torch.no_grad()
+    def forget_alignment(self) -> None:
+        """Forget the statistics, and that the scalars were frozen."""
+        self.frozen.zero_()
+        self.forget_pending()
+        for _, ema, _ in self._statistics():
+            ema.zero_()
+
+    @torch.no_grad()
+    def forget_pending(self) -> None:
+        """Forget the micro-batches since the last :func:`update_alignment`."""
+        for pending, _, _ in self._statistics():
+            pending.zero_()
+
+    def _statistics(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What each scalar comes from: the pending sums and the moving averages, (3,) each, and the scalar, 0-d."""
+        yield self.pending, self.alignment_ema, self.alignment
+        if self.first_pending is not None:
+            yield self.first_pending, cast(Tensor, self.first_alignment_ema), cast(Tensor, self.first_alignment)
 
     def _copy_affine(self) -> None:
         for name in ("weight", "bias"):
@@ -324,11 +478,13 @@ class TaperNorm(Float32State):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., *shape) to the same shape: by the norm itself, by a blend, or by the linear map."""
         if x.is_nested:
-            parts = [self.forward(part) for part in x.unbind()]
+            parts = [self.forward(part[None])[0] for part in x.unbind()]  # of a sequence each
             return torch.nested.as_nested_tensor(parts, layout=x.layout)
         phase = cast(Gate, self._modules["gate"]).phase  # past nn.Module's slower look-up
         if phase is Phase.LINEAR:
-            y = self._linear(x)
+            y = self._linear(x, self.alignment)
+        elif phase is Phase.LINEAR_FIRST:
+            y = self._linear(x, self._scalars(x))
         else:
             fast = self._fast_blend(x) if phase is Phase.BLEND else None
             y = super().forward(x) if fast is None else fast
@@ -352,7 +508,7 @@ class TaperNorm(Float32State):
         names: tuple[str, ...] = ()
         if phase is Phase.NORMALIZE:
             names = ("taper_weight", "taper_bias")
-        elif phase is Phase.LINEAR:
+        elif phase is not Phase.BLEND:
             names = ("weight", "bias")
         for name in names:
             if (parameter := self.own(name)) is not None:
@@ -373,9 +529,39 @@ class TaperNorm(Float32State):
     def _gain(self, weight: nn.Parameter) -> Tensor:
         return weight + self.kind.gain_offset if self.kind.gain_offset else weight
 
+    def _length(self, x: Tensor) -> int:
+        """``T`` of an input (B, T, *shape), where positions can be told.
+
+        Raises:
+            TaperlitError: the input has other dimensions, of which none need be the sequence.
+        """
+        if x.dim() != len(self.kind.shape) + 2:
+            shape = ", ".join(map(str, ("B", "T", *self.kind.shape)))
+            raise TaperlitError(
+                f"{self.label or type(self).__name__} is given {tuple(x.shape)} and not ({shape}), so its positions "
+                "cannot be told: leave it untapered, or use neither the alignment's skip nor a separate first position."
+            )
+        return x.shape[1]
+
+    def _scalars(self, x: Tensor) -> Tensor:
+        """``c`` of each position of ``x`` (B, T, *shape): (T, 1, ...), or 0-d where the first is as the others."""
+        share, first = self.gate.first, self.first_alignment
+        if share is None or first is None:
+            return self.alignment
+        length = self._length(x)
+        if length == 1 and not self.training:
+            raise TaperlitError(
+                f"{self.label or type(self).__name__} is given one token, which with a cache of keys and values is not "
+                "the first: run whole sequences (use_cache=False), of two tokens or more, until the first position's "
+                "own scalar is gone."
+            )
+        own = self.alignment * (first / self.alignment) ** share
+        c = torch.cat((own.expand(min(length, 1)), self.alignment.expand(max(length - 1, 0))))
+        return c.view(-1, *(1 for _ in self.kind.shape))
+
     def _blend(self, x: Tensor, normed: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)  # at least float32, whatever autocast says
-        scaled = self._centre(x.to(dtype)) * self.alignment
+        scaled = self._centre(x.to(dtype)) * self._scalars(x)
         if self.taper_weight is not None:
             scaled = scaled * self._gain(self.taper_weight)
         if self.taper_bias is not None:
@@ -397,24 +583,27 @@ class TaperNorm(Float32State):
         g = self.gate.value.to(dtype)
         rest = 1 - g
         size = math.prod(self.kind.shape)
-        a, b = g.expand(size), (rest * self.alignment.to(dtype)).expand(size)
+        scalars = self._scalars(x)
+        b = rest * scalars.to(dtype)
+        b = b.flatten()[:, None].expand(-1, size) if b.dim() else b.expand(size)  # (T, d) or (d,)
+        a = g.expand(size)
         if weight is not None and self.taper_weight is not None:
             a, b = a * weight.to(dtype).flatten(), b * self.taper_weight.to(dtype).flatten()
         shift = None
         if bias is not None and self.taper_bias is not None:
             shift = torch.lerp(self.taper_bias.to(dtype), bias.to(dtype), g).flatten()
-        h = self._centre(x.to(dtype)).reshape(-1, size)
+        h = self._centre(x.to(dtype)).reshape(-1, *scalars.shape[:1], size)
         y: Tensor = _Blend.apply(h, a, b, shift, eps)  # type: ignore[no-untyped-call]
         return y.view(x.shape).to(x.dtype)
 
-    def _linear(self, x: Tensor) -> Tensor:
-        gain = self.alignment if self.taper_weight is None else self.alignment * self._gain(self.taper_weight)
+    def _linear(self, x: Tensor, c: Tensor) -> Tensor:
+        gain = c if self.taper_weight is None else c * self._gain(self.taper_weight)
         y = self._centre(x) * gain.to(x.dtype)
         return y if self.taper_bias is None else y + self.taper_bias.to(x.dtype)
 
     @torch.no_grad()
     def _record(self, x: Tensor, y: Tensor) -> None:
-        """Add this micro-batch's means over tokens of ``||h D||^2 / r(h)`` and ``||h D||^2`` to ``pending``.
+        """Add this micro-batch's means over tokens of ``w / r(h)`` and ``w`` to ``pending``, and so for position 0.
 
         ``y`` is the norm's output: without a bias it is ``h D / r``, and need not be made again.
         """
@@ -428,13 +617,26 @@ class TaperNorm(Float32State):
         else:
             scaled = h if weight is None else h * self._gain(weight).float()
             scaled_norm = torch.linalg.vector_norm(scaled, dim=self._dims, keepdim=True)
-        energy = scaled_norm.square()  # (..., 1)
-        mean = energy.mean()
-        self.pending.add_(torch.stack(((energy / r).mean(), mean, torch.ones_like(mean))))
+        w = scaled_norm.square() if self.alignment_fit.weight == "energy" else (scaled_norm > 0).float()  # (..., 1)
+        ratio, skip = w / r, self.alignment_fit.skip
+        if skip or self.first_pending is not None:
+            self._length(x)
+        if self.first_pending is not None:
+            self._add(self.first_pending, ratio[:, :1], w[:, :1])
+            skip = max(skip, 1)
+        if skip:
+            ratio, w = ratio[:, skip:], w[:, skip:]
+        self._add(self.pending, ratio, w)
+
+    @staticmethod
+    def _add(pending: Tensor, ratio: Tensor, w: Tensor) -> None:
+        if w.numel():  # else no sequence is so long
+            mean = w.mean()
+            pending.add_(torch.stack((ratio.mean(), mean, torch.ones_like(mean))))
 
     @property
     def alignment_moments(self) -> Tensor:
-        """The two bias-corrected moving averages, ``E[||h D||^2 / r]`` and ``E[||h D||^2]``: (2,) float32."""
+        """The two bias-corrected moving averages, ``E[w / r]`` and ``E[w]`` of :class:`AlignmentFit`: (2,) float32."""
         return self.alignment_ema[:2] / self.alignment_ema[2]
 
     @property
@@ -445,19 +647,26 @@ class TaperNorm(Float32State):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """The boundary: set ``c`` to its least-squares value and copy ``gamma``, ``beta`` to ``gamma~``, ``beta~``.
+        """The boundary: set ``c`` (and ``c_first``) to its fitted value and copy ``gamma``, ``beta`` to ``gamma~``,
+        ``beta~``.
 
         Raises:
             TaperlitError: no statistics were gathered, or they are zero or not finite.
         """
-        numerator, denominator, weight = self.alignment_ema.tolist()
-        c = numerator / denominator if denominator else math.nan
-        if not (math.isfinite(c) and c > 0):
-            raise TaperlitError(
-                f"No alignment scalar: the statistics are E[|hD|^2/r] = {numerator:.3g} and E[|hD|^2] = "
-                f"{denominator:.3g}, of total weight {weight:.3g}; train with the gate at 1 first."
-            )
-        self.alignment.fill_(c)
+        fitted = []
+        for _, ema, scalar in self._statistics():
+            numerator, denominator, weight = ema.tolist()
+            c = numerator / denominator if denominator else math.nan
+            if not (math.isfinite(c) and c > 0):
+                whose = "" if scalar is self.alignment else " of the first position"
+                raise TaperlitError(
+                    f"No alignment scalar{whose}: the statistics are E[w/r] = {numerator:.3g} and E[w] = "
+                    f"{denominator:.3g}, of total weight {weight:.3g}; train with the gate at 1 first, on sequences "
+                    "longer than what the fit leaves out."
+                )
+            fitted.append((scalar, c))
+        for scalar, c in fitted:
+            scalar.fill_(c)
         self._copy_affine()
         self.frozen.fill_(1.0)
 
@@ -473,6 +682,8 @@ class TaperNorm(Float32State):
         return gain, None if self.taper_bias is None else self.taper_bias.double().flatten()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}first_alignment" in state_dict:
+            self.separate_first()
         own = {prefix + key: value for key, value in self.state_dict().items()}
         plain = {prefix + "weight", prefix + "bias"}
         if not any(key in state_dict for key in own.keys() - plain):
@@ -482,10 +693,12 @@ class TaperNorm(Float32State):
                 if twin in state_dict or key not in plain:
                     state_dict.setdefault(key, state_dict.get(twin, value))
         if not self.owns_gate:
-            state_dict[f"{prefix}gate.value"] = self.gate.value
+            state_dict.update({f"{prefix}gate.{key}": value for key, value in self.gate.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.pending.is_meta:  # the values were assigned to a model that was built without any
             self.pending = torch.zeros(3, dtype=torch.float32, device=self.alignment.device)
+        if self.first_pending is not None and self.first_pending.is_meta:
+            self.first_pending = torch.zeros_like(self.pending)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class of a tapered foreign norm is made at run time, so no importer finds it by name.
@@ -628,21 +841,37 @@ def update_alignment(
 
     Args:
         norms: the tapered norms, in the same order on every rank.
-        all_reduce_mean: averages a (n_norm, 3) tensor over the ranks. Moving averages are linear, so averaging each
-            step's batch statistics keeps every rank at what one process that saw all batches would have.
+        all_reduce_mean: averages an (n, 3) tensor, a row per scalar, over the ranks. Moving averages are linear, so
+            averaging each step's batch statistics keeps every rank at what one process that saw all batches would have.
         ema_rate: of the moving averages; about the last ``1 / ema_rate`` steps count.
     """
-    norms = list(norms)
-    if not norms:
+    statistics = [(pending, ema) for norm in norms for pending, ema, _ in norm._statistics()]
+    if not statistics:
         return
-    pending = torch.stack([norm.pending for norm in norms])  # (n_norm, 3)
+    pending = torch.stack([sums for sums, _ in statistics])  # (n, 3)
     ran = (pending[:, 2:] > 0).float()
     mean = all_reduce_mean(torch.cat((pending[:, :2] / pending[:, 2:].clamp(min=1), ran), 1))
     batch = mean / mean[:, 2:]  # over the ranks where the norm ran
     good = batch.isfinite().all(1, keepdim=True)
-    for norm, statistics, counts in zip(norms, batch.where(good, 0.0), good.squeeze(1), strict=True):
-        norm.alignment_ema.lerp_(statistics, counts * ema_rate)
-        norm.pending.zero_()
+    for (sums, ema), values, counts in zip(statistics, batch.where(good, 0.0), good.squeeze(1), strict=True):
+        ema.lerp_(values, counts * ema_rate)
+        sums.zero_()
+
+
+def set_alignment_fit(model: nn.Module, fit: AlignmentFit) -> None:
+    """Choose what the alignment scalars of a model's TaperNorms are fitted to, before their statistics begin.
+
+    Example::
+
+        set_alignment_fit(model, AlignmentFit(weight="token"))
+
+    Args:
+        model: tapered.
+        fit: for all of them; the paper's is ``AlignmentFit()``. It is not saved with the statistics, and those of two
+            fits do not mix: a run that goes on with statistics must be given the fit that they began with.
+    """
+    for name, norm in tapered_norms(model).items():
+        norm.alignment_fit, norm.label = fit, name
 
 
 def tapered_norms(model: nn.Module) -> dict[str, TaperNorm]:

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import cast
 
 import torch
@@ -137,6 +138,53 @@ def require_tapered(model: nn.Module, who: str) -> dict[str, TaperNorm]:
     if not norms:
         raise TaperlitError(f"{who} found no TaperNorm in {type(model).__name__}; call taperlit.taper(model) first.")
     return norms
+
+
+def known_norms(model: nn.Module) -> dict[str, NormKind]:
+    """What every norm of a model computes that is a TaperNorm or could become one, by its (first) name."""
+    kinds = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TaperNorm):
+            kinds[name] = module.kind
+        elif _is_called_norm(module) or _has_a_norms_parameters(module):
+            with suppress(_NotANorm):
+                kinds[name] = recognise(module)
+    return kinds
+
+
+def separate_first(model: nn.Module) -> None:
+    """Give every TaperNorm of a model a scalar of its own for position 0, until its share is taken to 0.
+
+    In most pretrained models the first token's residual is tens of times the others', and one scalar cannot fit both.
+    With ``s``, the gate's :attr:`taperlit.Gate.first`, the linear branch scales position 0 by
+    ``c_first^s * c^(1 - s)`` and the others by ``c``; ``c_first`` is fitted to position 0 alone and ``c`` to the
+    others. At ``s = 0`` nothing is left of it; until then a model cannot be folded. :class:`taperlit.FirstPosition`
+    does all this in a run. A model that is separated already is left as it is; one that loads the state of one that is
+    becomes so by itself.
+
+    Example::
+
+        taper(model)
+        separate_first(model)
+        ...  # gather statistics at g = 1, freeze, take g to 0
+        shared_gate(model).set_first(0.5)
+
+    Args:
+        model: tapered, and its gate at 1.
+
+    Raises:
+        TaperlitError: it has no TaperNorm, or the gate is below 1 and its scalars are fitted to all positions.
+    """
+    norms = require_tapered(model, "separate_first")
+    for name, norm in norms.items():
+        if norm.first_alignment is None and norm.gate.phase is not Phase.NORMALIZE:
+            raise TaperlitError(
+                f"The gate is {norm.gate.value.item():.3g} and {name} has one scalar for all positions already; "
+                "separate the first position while the gate is 1."
+            )
+    for name, norm in norms.items():
+        norm.separate_first()
+        norm.label = name
 
 
 class _NotANorm(Exception):

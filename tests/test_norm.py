@@ -9,7 +9,17 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taperlit.errors import TaperlitError
-from taperlit.norm import Gate, Phase, TaperLayerNorm, TaperRMSNorm, share_gate, shared_gate, update_alignment
+from taperlit.norm import (
+    AlignmentFit,
+    Gate,
+    Phase,
+    TaperLayerNorm,
+    TaperRMSNorm,
+    set_alignment_fit,
+    share_gate,
+    shared_gate,
+    update_alignment,
+)
 
 KINDS = [(TaperRMSNorm, nn.RMSNorm), (TaperLayerNorm, nn.LayerNorm)]
 kinds = pytest.mark.parametrize(("taper", "plain"), KINDS)
@@ -301,10 +311,12 @@ def test_no_host_sync_in_forward():
     # On the meta device any .item() raises, and a value-dependent branch as well.
     with torch.device("meta"):
         for taper, _ in KINDS:
-            norm = taper(8)
-            for phase in Phase:
-                norm.gate._phase = phase
-                assert norm(torch.empty(2, 8)).is_meta
+            for norm, separate in ((taper(8), False), (taper(8), True)):
+                if separate:
+                    norm.separate_first()
+                for phase in Phase:
+                    norm.gate._phase = phase
+                    assert norm(torch.empty(2, 3, 8)).is_meta
 
 
 def test_proposition_4_1_a_final_norm_leaves_no_radial_gradient():
@@ -399,3 +411,311 @@ def test_statistics_are_the_formulas(taper, plain, dtype, affine):
     energy = scaled.square().sum((-2, -1))
     r = (h.square().mean((-2, -1)) + 1e-2).sqrt()
     assert norm.pending.tolist() == pytest.approx([(energy / r).mean().item(), energy.mean().item(), 1], rel=1e-5)
+
+
+# Fits, and a first position apart
+
+
+def sequences(shape=(12,), huge=200.0):
+    """(7, 5, *shape) tokens of many sizes; the first of each sequence is huge, and one other is all zeros."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(7, 5, *shape, generator=generator)
+    x *= torch.rand(7, 5, *(1 for _ in shape), generator=generator).mul(2).exp() * 0.3
+    x[:, 0] *= huge
+    x[3, 2] = 0
+    return x
+
+
+def tokens_of(norm, x):
+    """Each token's ``h D``, (B, T, d) float64, and its norm's denominator, (B, T)."""
+    h = x.double().flatten(2)
+    h = h - h.mean(-1, keepdim=True) if norm.centred else h
+    return h * norm.weight.detach().double().flatten(), (h.square().mean(-1) + norm.eps).sqrt()
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(12,), (3, 4)])
+@pytest.mark.parametrize("weight", ["energy", "token"])
+@pytest.mark.parametrize("skip", [0, 1, 3])
+@pytest.mark.parametrize("first", [False, True])
+def test_every_fit_is_the_least_squares_solution_it_says(taper, plain, shape, weight, skip, first):
+    norm, x = randomize(taper(shape, eps=1e-3)), sequences(shape)
+    norm.alignment_fit = AlignmentFit(weight, skip)
+    if first:
+        norm.separate_first()
+    norm(x)
+    update_alignment([norm])
+    norm.freeze()
+    scaled, r = tokens_of(norm, x)
+    normed = scaled / r[..., None]
+
+    def best(positions):
+        """Solve ``n_i = c m_i`` over all entries, by torch; divide both by ``||h D||`` where tokens count alike."""
+        m, n = scaled[:, positions].flatten(0, 1), normed[:, positions].flatten(0, 1)
+        m, n = m[m.norm(dim=-1) > 0], n[m.norm(dim=-1) > 0]
+        size = m.norm(dim=-1, keepdim=True) if weight == "token" else 1.0
+        return torch.linalg.lstsq((m / size).reshape(-1, 1), (n / size).reshape(-1, 1)).solution.item()
+
+    assert norm.alignment.item() == pytest.approx(best(slice(max(skip, int(first)), None)), rel=1e-5)
+    if first:
+        assert norm.first_alignment.item() == pytest.approx(best(slice(0, 1)), rel=1e-5)
+
+
+def test_a_huge_first_token_takes_the_energy_fit_but_not_the_others():
+    def fitted(weight, skip, x):
+        norm = TaperRMSNorm(12, eps=1e-6)
+        norm.alignment_fit = AlignmentFit(weight, skip)
+        norm(x)
+        update_alignment([norm])
+        norm.freeze()
+        return norm.alignment.item()
+
+    x = torch.randn(4, 100, 12)
+    x /= x.square().mean(-1, keepdim=True).sqrt()
+    x[:, 0] *= 100
+    assert fitted("energy", 0, x) == pytest.approx((99 + 100) / (99 + 100**2), rel=1e-4)
+    assert fitted("energy", 1, x) == pytest.approx(1, rel=1e-4)
+    assert fitted("token", 0, x) == pytest.approx((99 + 1 / 100) / 100, rel=1e-4)
+    assert fitted("token", 1, x) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("weight", ["energy", "token"])
+def test_two_halves_of_a_batch_are_the_whole(weight, first):
+    x = sequences()[:6]
+
+    def norm_after(part, reduce=lambda value: value):
+        norm = TaperLayerNorm(12, eps=1e-3)
+        norm.alignment_fit = AlignmentFit(weight, skip=2)
+        if first:
+            norm.separate_first()
+        norm(part)
+        update_alignment([norm], reduce)
+        return norm
+
+    rows = []
+    for half in (x[:3], x[3:]):
+        norm_after(half, lambda value: rows.append(value) or value)
+    two = norm_after(x[:3], lambda value: (rows[0] + rows[1]) / 2)
+    one = norm_after(x)
+    assert rows[0].shape == (1 + first, 3)
+    torch.testing.assert_close(two.alignment_ema, one.alignment_ema)
+    if first:
+        torch.testing.assert_close(two.first_alignment_ema, one.first_alignment_ema)
+
+
+def test_sequences_that_are_shorter_than_what_is_left_out_add_nothing():
+    norm = TaperRMSNorm(8)
+    norm.alignment_fit = AlignmentFit(skip=3)
+    norm(torch.randn(2, 3, 8))
+    update_alignment([norm])
+    assert norm.alignment_ema.tolist() == [0, 0, 0]
+    with pytest.raises(TaperlitError, match=r"No alignment scalar: .* longer than what the fit leaves out"):
+        norm.freeze()
+    norm(torch.randn(2, 4, 8))
+    update_alignment([norm])
+    norm.freeze()
+
+
+@pytest.mark.parametrize("shape", [(8,), (6, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("way", ["skip", "first"])
+def test_where_positions_cannot_be_told_the_norm_is_named(shape, way):
+    model = nn.ModuleDict({"inner": TaperRMSNorm(8)})
+    if way == "skip":
+        set_alignment_fit(model, AlignmentFit(skip=1))
+    else:
+        set_alignment_fit(model, AlignmentFit())
+        model["inner"].separate_first()
+    with pytest.raises(TaperlitError, match=r"inner is given \(.*and not \(B, T, 8\), so its positions cannot be told"):
+        model["inner"](torch.randn(shape))
+    set_alignment_fit(model, AlignmentFit("token"))  # needs none
+    if way == "skip":
+        model["inner"](torch.randn(shape))
+
+
+@pytest.mark.parametrize("arguments", [("median", 0), ("energy", -1)])
+def test_a_fit_that_there_is_not_is_refused(arguments):
+    with pytest.raises(TaperlitError, match=r"The alignment's"):
+        AlignmentFit(*arguments)
+
+
+def apart(norm, c=0.7, first=0.02):
+    norm.separate_first()
+    norm.alignment.fill_(c)
+    norm.first_alignment.fill_(first)
+    return norm
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(12,), (3, 4)])
+@pytest.mark.parametrize("g", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("s", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("grad", [True, False])  # without gradients the blend takes the plain operations
+def test_a_first_position_apart_is_the_formula_and_its_gradients(taper, plain, shape, g, s, grad):
+    norm, x = apart(randomize(taper(shape, eps=1e-3))), sequences(shape, huge=20.0).requires_grad_()
+    norm.gate.set(g)
+    norm.gate.set_first(s)
+    with torch.set_grad_enabled(grad):
+        y = norm(x)
+    wide = {name: p.detach().double().requires_grad_() for name, p in norm.named_parameters()}
+    xd = x.detach().double().requires_grad_()
+    dims = tuple(range(-len(shape), 0))
+    h = xd - xd.mean(dims, keepdim=True) if norm.centred else xd
+    c = torch.tensor([0.02**s * 0.7 ** (1 - s), *[0.7] * 4]).double().view(5, *(1 for _ in shape))
+    zero = torch.zeros(()).double()
+    normed = h / (h.square().mean(dims, keepdim=True) + 1e-3).sqrt() * wide["weight"] + wide.get("bias", zero)
+    expected = g * normed + (1 - g) * (c * h * wide["taper_weight"] + wide.get("taper_bias", zero))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    if grad:
+        seed = torch.randn(y.shape)
+        mine = torch.autograd.grad(y, [x, *norm.parameters()], seed)
+        theirs = torch.autograd.grad(expected, [xd, *wide.values()], seed.double(), allow_unused=True)
+        for a, b in zip(mine, theirs, strict=True):
+            expected = torch.zeros_like(a).double() if b is None else b
+            torch.testing.assert_close(a.double(), expected, rtol=1e-4, atol=2e-4)
+        idle = {id(parameter) for parameter in norm.idle_parameters()}
+        used = {1.0: ("weight", "bias"), 0.3: tuple(wide), 0.0: ("taper_weight", "taper_bias")}[g]
+        assert {name for name, p in norm.named_parameters() if id(p) not in idle} == {*used} & {*wide}
+
+
+@kinds
+def test_the_fast_blend_with_a_first_position_can_be_differentiated_twice(taper, plain):
+    norm = apart(randomize(taper(6, eps=1e-3, dtype=torch.float64)))
+    norm.gate.set(0.4)
+    norm.gate.set_first(0.8)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    named = dict(norm.named_parameters())
+
+    def call(x, *values):
+        return torch.func.functional_call(norm, dict(zip(named, values, strict=True)), x)
+
+    assert "BlendBackward" in str(norm(x).grad_fn.next_functions)
+    inputs = (x, *(p.detach().clone().requires_grad_() for p in named.values()))
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_share_it_is_the_common_map_bit_for_bit_and_costs_nothing(taper, plain, dtype):
+    one = randomize(taper(12)).to(dtype)
+    two = apart(copy.deepcopy(one))
+    one.alignment.fill_(0.7)
+    for norm in (one, two):
+        norm.gate.set(0.0)
+    x = sequences().to(dtype)
+    assert two.gate.phase is Phase.LINEAR_FIRST
+    torch.testing.assert_close(two(x)[:, 1:], one(x)[:, 1:])
+    assert not torch.equal(two(x)[:, 0], one(x)[:, 0])
+    two.gate.set_first(0.0)
+    assert two.gate.phase is Phase.LINEAR
+    with CountOps() as one_ops:
+        expected = one(x)
+    with CountOps() as two_ops:
+        y = two(x)
+    assert torch.equal(y, expected)
+    assert two_ops.names == one_ops.names
+    assert two(x[0, 0]).shape == (12,)  # nor need positions be told any more
+
+
+@pytest.mark.parametrize("g", [0.5, 0.0])
+def test_one_token_outside_training_need_not_be_the_first(g):
+    norm = apart(TaperRMSNorm(8))
+    norm.gate.set(g)
+    norm(torch.randn(2, 1, 8))
+    norm.eval()
+    with pytest.raises(TaperlitError, match=r"TaperRMSNorm is given one token, .*use_cache=False"):
+        norm(torch.randn(2, 1, 8))
+    norm(torch.randn(2, 2, 8))
+
+
+def test_a_nested_batch_is_sequences():
+    norm = apart(TaperRMSNorm(8))
+    norm.gate.set(0.0)
+    parts = [torch.randn(3, 8), torch.randn(5, 8)]
+    for y, x in zip(norm(torch.nested.nested_tensor(parts)).unbind(), parts, strict=True):
+        torch.testing.assert_close(y, norm(x[None])[0])
+    norm.gate.set(1.0)
+    norm(torch.nested.nested_tensor(parts))
+    assert norm.first_pending[2] == norm.pending[2] == 2
+
+
+def test_the_share_is_saved_where_there_is_one_and_makes_itself_room():
+    def model():
+        norms = nn.ModuleList(TaperRMSNorm(4) for _ in range(3))
+        share_gate(norms)
+        return norms
+
+    plain, mine = model(), model()
+    keys = set(plain.state_dict())
+    for norm in mine:
+        apart(norm, first=0.25)
+        norm.first_alignment_ema.fill_(3.0)
+    mine[0].gate.set(0.0)
+    mine[0].gate.set_first(0.125)
+    state = copy.deepcopy(mine.state_dict())
+    new = {f"{i}.first_alignment{end}" for i in range(3) for end in ("", "_ema")}
+    assert set(state) - keys == {*new, "0.gate.first"}
+    plain.load_state_dict(state)
+    with torch.device("meta"):
+        hollow = model()
+    hollow.load_state_dict(copy.deepcopy(state), assign=True)
+    x = torch.randn(2, 3, 4)
+    for other in (plain, hollow, copy.deepcopy(mine)):
+        assert shared_gate(other).phase is Phase.LINEAR_FIRST
+        loaded = other.state_dict()
+        assert loaded.keys() == state.keys()
+        assert [name for name in state if not torch.equal(loaded[name], state[name])] == []
+        assert all(torch.equal(a(x), b(x)) for a, b in zip(other, mine, strict=True))
+        shared_gate(other).set(1.0)
+        other.train()[2](x)
+        assert other[2].first_pending[2] == 1
+    mine.append(TaperRMSNorm(4, gate=mine[0].gate))
+    assert mine[3].first_alignment is not None
+    mine.append(TaperRMSNorm(4))
+    share_gate(mine)
+    assert mine[4].first_alignment is not None
+    mine.to(torch.bfloat16)
+    assert mine[4].first_alignment.dtype == mine[4].first_pending.dtype == mine[0].gate.first.dtype == torch.float32
+    mine[0].reset_parameters()
+    assert (mine[0].gate.value, mine[0].gate.first, mine[0].first_alignment) == (1, 1, 1)
+    assert not mine[0].first_alignment_ema.any()
+
+
+def test_the_phase_follows_whoever_writes_the_share():
+    norm = apart(TaperRMSNorm(4))
+    gate = norm.gate
+    gate.set(0.0)
+    gate.first.fill_(0.0)
+    assert gate.phase is Phase.LINEAR
+    gate.first.add_(0.5)
+    assert gate.phase is Phase.LINEAR_FIRST
+    gate.first.data = torch.zeros(())
+    assert gate.phase is Phase.LINEAR
+    gate.set(0.5)
+    assert gate.phase is Phase.BLEND
+
+
+def test_a_share_that_cannot_be_is_refused():
+    gate = Gate()
+    gate.set_first(0.0)
+    with pytest.raises(TaperlitError, match="separate_first"):
+        gate.set_first(0.5)
+    gate.separate_first()
+    with pytest.raises(TaperlitError, match="between 0 and 1"):
+        gate.set_first(1.5)
+
+
+def test_one_graph_a_phase_while_the_share_moves():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    norm = apart(randomize(TaperLayerNorm(8)))
+    compiled = torch.compile(norm, backend=counter, fullgraph=True)
+    x = torch.randn(4, 3, 8)
+    for g, s in ((1.0, 1.0), (0.9, 1.0), (0.2, 1.0), (0.0, 1.0), (0.0, 0.7), (0.0, 0.1), (0.0, 0.0), (0.0, 0.0)):
+        norm.gate.set(g)
+        norm.gate.set_first(s)
+        y = compiled(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, norm(x))
+    assert counter.frame_count == 4

@@ -1,6 +1,6 @@
 """Gather the alignment statistics and freeze every layer's scalar at the boundary."""
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -9,7 +9,7 @@ from taperlit.callbacks.gradients import has_gradients
 from taperlit.callbacks.plan import boundary_step, forget_plan
 from taperlit.distributed import keep_buffers_float32, mean_over_ranks, whole_parameters
 from taperlit.errors import TaperlitError
-from taperlit.norm import Gate, Phase, TaperNorm, shared_gate, update_alignment
+from taperlit.norm import AlignmentFit, Gate, Phase, TaperNorm, set_alignment_fit, shared_gate, update_alignment
 from taperlit.surgery import require_tapered
 
 
@@ -23,25 +23,39 @@ class AlignmentFreeze(L.Callback):
     Which scalars are frozen stands in the norms (``TaperNorm.frozen``) and is saved with them. Weights that are past
     the boundary stay as they are; those that begin a new run at gate 1 are measured and frozen anew.
 
+    ``c`` is ``E[w / r] / E[w]`` with ``w`` by ``fit``, see :class:`taperlit.norm.AlignmentFit`: under the paper's, the
+    few tokens of pretrained models that have a huge residual decide alone.
+
     Example::
 
         Trainer(max_steps=1000, callbacks=[GateSchedule(), AlignmentFreeze()])
+        Trainer(max_steps=300, callbacks=[GateSchedule(), AlignmentFreeze(fit="token")])  # a pretrained model
 
     Args:
         at: freeze after this many steps (int) or fraction of ``max_steps`` (float); None is the end of the
             GateSchedule's warm-up.
         ema_rate: rate of the moving averages, per optimizer step.
+        fit: ``energy`` is the paper's, ``w = ||h D||^2``; ``token`` weighs every token alike, ``w = 1``.
+        skip: leave out this many positions at the beginning of each sequence; the norms' inputs must then be
+            (B, T, *shape).
 
     Raises:
-        TaperlitError: ``ema_rate`` is not in (0, 1]; before the first step, if the model has no TaperNorm, the boundary
-            is unknown or after the gate's warm-up, or the gate is below 1 and a norm was never frozen; at the boundary,
-            if a layer has no usable statistics (it is named).
+        TaperlitError: ``ema_rate`` is not in (0, 1], there is no such fit, or ``skip`` is negative; a resumed run began
+            with another fit; before the first step, if the model has no TaperNorm, the boundary is unknown or after the
+            gate's warm-up, the gate is below 1 and a norm was never frozen, or the first position has a scalar of its
+            own and there is no FirstPosition; at the boundary, if a layer has no usable statistics (it is named).
     """
 
-    def __init__(self, at: int | float | None = None, ema_rate: float = 0.01) -> None:
+    def __init__(
+        self,
+        at: int | float | None = None,
+        ema_rate: float = 0.01,
+        fit: Literal["energy", "token"] = "energy",
+        skip: int = 0,
+    ) -> None:
         if not 0 < ema_rate <= 1:
             raise TaperlitError(f"AlignmentFreeze.ema_rate is {ema_rate}; it must be in (0, 1].")
-        self.at, self.ema_rate = at, ema_rate
+        self.at, self.ema_rate, self.fit = at, ema_rate, AlignmentFit(fit, skip)
         self._forget()
 
     def _forget(self) -> None:
@@ -64,15 +78,21 @@ class AlignmentFreeze(L.Callback):
             forget_plan(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the model, and announce at the gate that somebody will freeze."""
+        """Check the model, tell its norms the fit, and announce at the gate that somebody will freeze."""
         self._norms = require_tapered(pl_module, "AlignmentFreeze")
         shared_gate(pl_module)  # there is one
+        set_alignment_fit(pl_module, self.fit)
         self._gate.plan.alignment = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the boundary, see which scalars are frozen, and drop what a tuner's trial steps left behind."""
         gate, norms = self._gate, self._norms.values()
         self._forget_batches()
+        if gate.first is not None and gate.first.item() and not gate.plan.first:
+            raise TaperlitError(
+                "The first position has a scalar of its own, which nobody will take away: add FirstPosition() to the "
+                "callbacks."
+            )
         self.frozen = all(norm.frozen for norm in norms)
         if gate.phase is not Phase.NORMALIZE:
             for name, norm in self._norms.items():
@@ -90,8 +110,7 @@ class AlignmentFreeze(L.Callback):
             )
         if self.frozen and trainer.global_step < self._boundary:
             for norm in norms:
-                norm.frozen.zero_()
-                norm.alignment_ema.zero_()
+                norm.forget_alignment()
             self.frozen = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -134,7 +153,7 @@ class AlignmentFreeze(L.Callback):
 
     def _forget_batches(self) -> None:
         for norm in self._norms.values():
-            norm.pending.zero_()
+            norm.forget_pending()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let go of the model, and take the announcement back."""
@@ -144,3 +163,20 @@ class AlignmentFreeze(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let go of the model after an error too: Lightning calls no teardown then."""
         self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fit of the statistics, which are saved with the norms."""
+        return {"fit": self.fit.weight, "skip": self.fit.skip}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with the statistics of another fit.
+
+        Raises:
+            TaperlitError: the resumed run began with another.
+        """
+        began = AlignmentFit(state_dict["fit"], state_dict["skip"])
+        if began != self.fit:
+            raise TaperlitError(
+                f"The run to resume has alignment statistics of fit={began.weight!r} and skip={began.skip}, not of "
+                f"{self.fit.weight!r} and {self.fit.skip}; give AlignmentFreeze the same, or begin anew."
+            )
