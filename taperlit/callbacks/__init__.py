@@ -8,19 +8,25 @@ beside it; AlignmentFreeze and ScaleAnchor need a GateSchedule or a step to free
 from taperlit.callbacks.alignment import AlignmentFreeze
 from taperlit.callbacks.anchor import ScaleAnchor
 from taperlit.callbacks.checkpoint import RunCheckpoint
+from taperlit.callbacks.fakeln import FakeLNSchedule
 from taperlit.callbacks.finite import FiniteGuard
+from taperlit.callbacks.first_position import FirstPosition
 from taperlit.callbacks.fold import FoldOnEnd
 from taperlit.callbacks.gate import GateSchedule
 from taperlit.callbacks.monitor import TaperMonitor
 from taperlit.callbacks.progress import StepProgressBar
 from taperlit.callbacks.rng import RngState
+from taperlit.callbacks.tails import LossTails
 from taperlit.callbacks.throughput import TokenThroughput
 
 __all__ = [
     "AlignmentFreeze",
+    "FakeLNSchedule",
     "FiniteGuard",
+    "FirstPosition",
     "FoldOnEnd",
     "GateSchedule",
+    "LossTails",
     "RngState",
     "RunCheckpoint",
     "ScaleAnchor",
