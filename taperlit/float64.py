@@ -166,7 +166,9 @@ class WideInputs(TorchFunctionMode):
                 self.met(value)
         name = getattr(func, "__name__", "")
         writes = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name.startswith("__set")
-        if name != "embedding" and not (writes or kwargs.get("out") is not None or kwargs.get("inplace")):
+        writes = writes or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+        # An embedding copies rows, which may as well be widened; an address is asked of the tensor itself.
+        if not writes and name not in ("embedding", "data_ptr"):
             args, kwargs = tree_map(_widen, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -14,8 +14,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taperlit.errors import TaperlitError
-from taperlit.loss import chunked_cross_entropy
+from taperlit.loss import chunked_cross_entropy, token_losses
 from taperlit.norm import Float32State
+
+
+class RopeScaling(TypedDict):
+    """How Llama 3 stretches its rotary positions beyond the context that it was first trained with.
+
+    With ``turns`` the times that a frequency turns within that context::
+
+        share = clamp((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+        frequency' = share * frequency + (1 - share) * frequency / factor
+
+    Keys:
+        factor: slow frequencies are divided by it.
+        low_freq_factor: those that turn fewer times are divided in full.
+        high_freq_factor: those that turn more often stay as they are.
+        original_max_position_embeddings: that context, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass
@@ -35,8 +56,11 @@ class TransformerConfig:
         position: rotary or learned absolute positions.
         rope_theta: base of the rotary frequencies.
         mlp: SwiGLU or GELU (tanh approximation, as in GPT-2).
-        bias: biases in the linear maps of the blocks.
+        bias: biases in the linear maps of the blocks, but for what ``qkv_bias`` says.
         tied: the head shares the embedding's matrix.
+        d_head: width of a head; None is ``d_model / n_head``.
+        qkv_bias: biases in the maps to queries, keys and values; None is ``bias``.
+        rope_scaling: of the rotary frequencies, as in Llama 3.1; None is none.
     """
 
     vocab_size: int = 50257
@@ -53,26 +77,52 @@ class TransformerConfig:
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     bias: bool = False
     tied: bool = False
+    d_head: int | None = None
+    qkv_bias: bool | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.d_ff is None:
             self.d_ff = 4 * self.d_model if self.mlp == "gelu" else 64 * math.ceil(8 * self.d_model / 3 / 64)
+        if self.qkv_bias is None:
+            self.qkv_bias = self.bias
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff"):
             if getattr(self, name) < 1:
                 raise TaperlitError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.d_model % self.n_head:
-            raise TaperlitError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}.")
+        if self.d_head is None:
+            if self.d_model % self.n_head:
+                raise TaperlitError(
+                    f"d_model {self.d_model} is not a multiple of n_head {self.n_head}; change one, or give d_head."
+                )
+            self.d_head = self.d_model // self.n_head
+        if self.d_head < 1:
+            raise TaperlitError(f"d_head must be at least 1, not {self.d_head}.")
         if self.n_head % self.n_kv_head:
             raise TaperlitError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
         if self.position == "rope" and self.d_head % 2:
             raise TaperlitError(f"Rotary positions need an even head width, not {self.d_head}.")
+        if self.rope_scaling is not None:
+            self._check_scaling(self.rope_scaling)
+
+    def _check_scaling(self, scaling: RopeScaling) -> None:
+        keys = RopeScaling.__annotations__.keys()
+        if self.position != "rope":
+            raise TaperlitError(f"rope_scaling is for position 'rope', not {self.position!r}; leave it out.")
+        if scaling.keys() != keys:
+            raise TaperlitError(f"rope_scaling has {', '.join(scaling)}; give {', '.join(keys)}, and nothing else.")
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        if not (0 < low < high and scaling["factor"] > 0 and scaling["original_max_position_embeddings"] > 0):
+            raise TaperlitError(
+                f"rope_scaling needs 0 < low_freq_factor < high_freq_factor and the others above 0, not {scaling}."
+            )
 
     @property
-    def d_head(self) -> int:
-        """Width of one head."""
-        return self.d_model // self.n_head
+    def head_width(self) -> int:
+        """``d_head``, which is never None once the config is made."""
+        assert self.d_head is not None
+        return self.d_head
 
     @property
     def kv_heads(self) -> int:
@@ -158,26 +208,37 @@ class Rope(Float32State):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("cos", torch.empty(config.block_size, config.d_head), persistent=False)
-        self.register_buffer("sin", torch.empty(config.block_size, config.d_head), persistent=False)
+        self.register_buffer("cos", torch.empty(config.block_size, config.head_width), persistent=False)
+        self.register_buffer("sin", torch.empty(config.block_size, config.head_width), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill the tables."""
-        half = torch.arange(0, self.config.d_head, 2, dtype=torch.float32, device=self.cos.device)
-        frequency = self.config.rope_theta ** (-half / self.config.d_head)
         position = torch.arange(self.config.block_size, dtype=torch.float32, device=self.cos.device)
-        angle = torch.outer(position, frequency).repeat(1, 2)  # (block_size, D)
+        angle = torch.outer(position, self.frequencies()).repeat(1, 2)  # (block_size, D)
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
+
+    def frequencies(self) -> Tensor:
+        """Radians per token of each pair of features, the fastest first: (D / 2,) float32."""
+        config, D = self.config, self.config.head_width
+        half = torch.arange(0, D, 2, dtype=torch.float32, device=self.cos.device)
+        # Not theta ** (-half / D), whose rounding is another: at position 10000 Llama's own would be a milliradian off.
+        frequency = 1.0 / config.rope_theta ** (half / D)
+        if (scaling := config.rope_scaling) is None:
+            return frequency
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        return torch.lerp(frequency / scaling["factor"], frequency, share)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x`` (B, H, T, D) by its positions, 0 to T - 1."""
         cos, sin = (table[: x.shape[2]].to(x.dtype) for table in (self.cos, self.sin))
         left, right = sin.chunk(2, dim=-1)
         # The minus of the rotation is put into the small table, so that one roll swaps the halves of x.
-        return torch.addcmul(x * cos, x.roll(self.config.d_head // 2, -1), torch.cat((-left, right), dim=-1))
+        return torch.addcmul(x * cos, x.roll(self.config.head_width // 2, -1), torch.cat((-left, right), dim=-1))
 
 
 class Attention(nn.Module):
@@ -185,12 +246,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.n_head, self.n_kv_head, self.d_head = config.n_head, config.kv_heads, config.d_head
-        d_kv = config.kv_heads * config.d_head
-        self.q_proj = Linear(config.d_model, config.d_model, config.bias)
-        self.k_proj = Linear(config.d_model, d_kv, config.bias)
-        self.v_proj = Linear(config.d_model, d_kv, config.bias)
-        self.o_proj = Linear(config.d_model, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.n_head, self.n_kv_head, self.d_head = config.n_head, config.kv_heads, config.head_width
+        d_q, d_kv, qkv_bias = self.n_head * self.d_head, self.n_kv_head * self.d_head, bool(config.qkv_bias)
+        self.q_proj = Linear(config.d_model, d_q, qkv_bias)
+        self.k_proj = Linear(config.d_model, d_kv, qkv_bias)
+        self.v_proj = Linear(config.d_model, d_kv, qkv_bias)
+        self.o_proj = Linear(d_q, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
         """Map (B, T, d_model) to the same shape."""
@@ -270,16 +331,24 @@ class Transformer(nn.Module):
             self.head.weight = self.tok_embed.weight
         return self
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, chunk_tokens: int = 4096) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        chunk_tokens: int = 4096,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
         """Predict the next token.
 
         Args:
             tokens: (B, T) token ids.
             targets: (B, T) next-token ids, -100 where none counts. With them the result is a 0-d float32 loss.
             chunk_tokens: tokens whose logits are held at once while computing the loss.
+            reduction: ``none`` gives each target's own loss instead, (B, T), and keeps no graph.
 
         Returns:
-            (B, T, vocab_size) logits, or the mean loss over the targets that count.
+            (B, T, vocab_size) logits, or the mean loss over the targets that count, or each target's.
 
         Raises:
             TaperlitError: more tokens than ``block_size``.
@@ -298,7 +367,13 @@ class Transformer(nn.Module):
         x = self.final_norm(x)
         if targets is None:
             return self.head(x)
-        return chunked_cross_entropy(self.head, x, targets, chunk_tokens)
+        compute = chunked_cross_entropy if reduction == "mean" else token_losses
+        return compute(self.head, x, targets, chunk_tokens)
+
+    def token_losses(self, tokens: Tensor, targets: Tensor, chunk_tokens: int = 4096) -> Tensor:
+        """(B, T) float32 losses, one per target and 0 where it is -100; no graph is kept."""
+        with torch.no_grad():
+            return self(tokens, targets, chunk_tokens=chunk_tokens, reduction="none")
 
     def num_parameters(self) -> int:
         """Parameters, shared ones once, the taper's second branch not at all: what the model has once folded."""

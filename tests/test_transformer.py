@@ -1,10 +1,14 @@
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperLayerNorm, TaperRMSNorm, shared_gate, tapered_norms
 from taperlit.surgery import taper
-from taperlit.transformer import PRESETS, Transformer, TransformerConfig
+from taperlit.transformer import PRESETS, Rope, Transformer, TransformerConfig, TransformerOverrides
 
 transformers = pytest.importorskip("transformers")
 
@@ -93,6 +97,66 @@ def test_matches_transformers_llama_with_grouped_queries():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("scaling", [None, SCALING, {**SCALING, "factor": 32.0, "low_freq_factor": 0.3}])
+@pytest.mark.parametrize(("theta", "d_head"), [(1e4, 64), (5e5, 128), (1e6, 10)])
+def test_rotary_positions_are_transformers(theta, d_head, scaling):
+    """To the bit without scaling; else the last bit of a frequency may differ, and with it the angle far away."""
+    config = transformers.LlamaConfig(
+        hidden_size=2 * d_head, num_attention_heads=2, max_position_embeddings=4000, rope_theta=theta,
+        rope_scaling=scaling and {"rope_type": "llama3", **scaling},
+    )  # fmt: skip
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    ours = Rope(
+        TransformerConfig(d_model=2 * d_head, n_head=2, block_size=4000, rope_theta=theta, rope_scaling=scaling)
+    )
+    torch.testing.assert_close(ours.frequencies(), theirs.inv_freq, rtol=0 if scaling is None else 3e-7, atol=0)
+    tables = theirs(torch.zeros(1), torch.arange(4000)[None])
+    for own, table in zip((ours.cos, ours.sin), tables, strict=True):
+        torch.testing.assert_close(own, table[0], rtol=0, atol=0 if scaling is None else 4000 * 3e-7)
+    if scaling is not None:
+        slowest = ours.frequencies()[-1].item()
+        assert slowest == pytest.approx(theta ** (2 / d_head - 1) / scaling["factor"], rel=1e-6)
+
+
+def test_heads_may_be_of_any_width_and_their_maps_have_biases_of_their_own():
+    config = TransformerConfig(d_model=32, n_head=4, n_kv_head=2, d_head=10, qkv_bias=True)
+    attention = Transformer(config).blocks[0].attn
+    shapes = {name: tuple(parameter.shape) for name, parameter in attention.named_parameters()}
+    assert shapes == {
+        "q_proj.weight": (40, 32), "q_proj.bias": (40,), "k_proj.weight": (20, 32), "k_proj.bias": (20,),
+        "v_proj.weight": (20, 32), "v_proj.bias": (20,), "o_proj.weight": (32, 40),
+    }  # fmt: skip
+    plain = TransformerConfig(d_model=32, n_head=4)
+    assert (plain.d_head, plain.qkv_bias) == (8, False)
+    assert TransformerConfig(d_model=32, n_head=4, bias=True).qkv_bias
+    assert not TransformerConfig(d_model=32, n_head=4, bias=True, qkv_bias=False).qkv_bias
+
+
+def test_configs_come_back_from_json_and_old_ones_have_no_new_fields():
+    config = TransformerConfig(d_model=30, n_head=4, d_head=10, rope_scaling=SCALING)
+    assert TransformerConfig(**json.loads(json.dumps(asdict(config)))) == config
+    plain = TransformerConfig(d_model=32, n_head=4, bias=True)
+    old = {key: value for key, value in asdict(plain).items() if key not in ("d_head", "qkv_bias", "rope_scaling")}
+    assert TransformerConfig(**old) == plain
+
+
+def test_every_field_can_be_given_on_the_command_line():
+    def run(overrides: TransformerOverrides | None = None) -> None:
+        """Nothing."""
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(run)
+    options = ["--overrides.d_head=10", "--overrides.qkv_bias=true", f"--overrides.rope_scaling={json.dumps(SCALING)}"]
+    overrides = parser.parse_args(options).overrides
+    config = TransformerConfig.from_preset("small_1m", **overrides)
+    assert (config.d_head, config.qkv_bias, config.rope_scaling) == (10, True, SCALING)
+    again = parser.parse_string(parser.dump(parser.parse_args(options))).overrides
+    assert TransformerConfig.from_preset("small_1m", **again) == config
+
+
 def test_no_token_sees_a_later_one(tiny):
     model = tiny().eval()
     tokens = torch.randint(300, (1, 20))
@@ -136,7 +200,12 @@ def test_initialization_is_depth_scaled_and_survives_the_meta_device():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_head": 5}, "d_model 32 is not a multiple of n_head 5"),
+        ({"n_head": 5}, "d_model 32 is not a multiple of n_head 5; change one, or give d_head"),
+        ({"n_head": 5, "d_head": 0}, "d_head must be at least 1"),
+        ({"d_head": 7}, "even head width, not 7"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor; give factor, low_freq_factor"),
+        ({"rope_scaling": {**SCALING, "low_freq_factor": 4.0}}, "0 < low_freq_factor < high_freq_factor"),
+        ({"rope_scaling": SCALING, "position": "learned"}, "rope_scaling is for position 'rope', not 'learned'"),
         ({"n_head": 4, "n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
         ({"n_head": 32}, "even head width"),

@@ -29,7 +29,7 @@ class Cache:
     def __init__(
         self, config: TransformerConfig, batch_size: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.n_head, self.n_kv_head, self.d_head = config.n_head, config.kv_heads, config.d_head
+        self.n_head, self.n_kv_head, self.d_head = config.n_head, config.kv_heads, config.head_width
         # Keys and values side by side, so that one copy writes both: (n_layer, B, 2K, S, D).
         self.storage = torch.zeros(self._shape(config, batch_size, length), device=device, dtype=dtype)
         self.keys, self.values = self.storage[:, :, : self.n_kv_head], self.storage[:, :, self.n_kv_head :]
@@ -37,7 +37,7 @@ class Cache:
     @staticmethod
     def _shape(config: TransformerConfig, batch_size: int, length: int) -> tuple[int, int, int, int, int]:
         slots = -(-length // SLOTS_PER_STEP) * SLOTS_PER_STEP
-        return config.n_layer, batch_size, 2 * config.kv_heads, slots, config.d_head
+        return config.n_layer, batch_size, 2 * config.kv_heads, slots, config.head_width
 
     @classmethod
     def bytes(cls, config: TransformerConfig, batch_size: int, length: int, dtype: torch.dtype) -> int:

@@ -168,7 +168,7 @@ def read_decoder(
     """
     if not isinstance(model, Transformer):
         raise TaperlitError(f"The decoding engine takes taperlit's Transformer, not a {type(model).__name__}.")
-    config, D = model.config, model.config.d_head
+    config, D = model.config, model.config.head_width
     like = torch.empty(1, config.d_model, device=device, dtype=dtype)
     # Interleaves the halves that Llama's layout rotates against each other; values and learned positions stay.
     pairs = torch.arange(D).view(2, -1).t().flatten() if model.rope is not None else torch.arange(D)

@@ -18,10 +18,10 @@ MEASURED_BYTES = 48 << 20  # of each product's matrices: more than caches hold, 
 
 def shapes_of(config: TransformerConfig) -> dict[str, tuple[int, int]]:
     """(d_out, d_in) of each of a step's products."""
-    d, f, kv = config.d_model, config.d_inner, config.kv_heads * config.d_head
+    d, f, D = config.d_model, config.d_inner, config.head_width
     return {
-        "qkv": (d + 2 * kv, d),
-        "o": (d, d),
+        "qkv": ((config.n_head + 2 * config.kv_heads) * D, d),
+        "o": (d, config.n_head * D),
         "up": (2 * f if config.mlp == "swiglu" else f, d),
         "down": (d, f),
         "head": (config.vocab_size, d),

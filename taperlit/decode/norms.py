@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taperlit.baselines.fakeln import FakeLN
 from taperlit.decode.clock import fastest
 from taperlit.errors import TaperlitError
 from taperlit.norm import Affine, TaperNorm
@@ -135,7 +136,12 @@ def read_norm(name: str, module: nn.Module, like: Tensor, form: RmsForm) -> Norm
         c.expand(like.shape[-1]).to(like) if scale is None else scale, cast(module.taper_bias), kind.centred
     )
     module.gate.refresh()
-    g = module.gate.value.item()
+    g = module.own_share if isinstance(module, FakeLN) else module.gate.value.item()
+    if g < 1 and module.gate.first is not None and module.gate.first.item() > 0:
+        raise TaperlitError(
+            f"{name} scales position 0 apart from the others, which decoding does not know; train on until "
+            "FirstPosition ends."
+        )
     return norm if g == 1 else linear if g == 0 else Blend(norm, linear, g)
 
 

@@ -54,7 +54,7 @@ def export_onnx(
     shapes = {
         "n_layer": config.n_layer,
         "n_kv_head": config.kv_heads,
-        "d_head": padded_head(config.d_head),
+        "d_head": padded_head(config.head_width),
         "vocab_size": config.vocab_size,
         "block_size": config.block_size,
         "dtype": str(dtype).removeprefix("torch."),

@@ -67,7 +67,7 @@ def write_graph(decoder: Decoder, directory: Path, dtype: torch.dtype) -> None:
     with open(directory / WEIGHTS, "wb") as weights:
         graph = Graph(weights, dtype)
         _write_nodes(graph, decoder)
-    config, D = decoder.config, padded_head(decoder.config.d_head)
+    config, D = decoder.config, padded_head(decoder.config.head_width)
     caches = [f"{layer}.{name}" for layer in range(config.n_layer) for name in ("key", "value")]
     inputs = [
         graph.port("tokens", torch.int64, ["batch", "new"]),
@@ -142,7 +142,7 @@ class Graph:
 
 
 def _write_nodes(graph: Graph, decoder: Decoder) -> None:
-    config, d_head = decoder.config, decoder.config.d_head
+    config, d_head = decoder.config, decoder.config.head_width
     H, K, D = config.n_head, config.kv_heads, padded_head(d_head)
     add, one = graph.add, graph.integers(1)
     shape = add("Shape", "tokens")

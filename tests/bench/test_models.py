@@ -53,11 +53,14 @@ def test_the_variants_stay_in_their_bounds_and_folding_changes_nothing(plain):
 @torch.no_grad()
 def test_transformers_computes_the_same(plain):
     tokens = torch.randint(200, (2, 64), generator=torch.Generator().manual_seed(3))
-    assert largest_difference(plain(tokens), converted(plain)(tokens).logits) < 1e-5
+    theirs = converted(plain)
+    assert largest_difference(plain(tokens), theirs(tokens).logits) < 1e-5
+    own = {parameter.data_ptr() for parameter in plain.parameters()}
+    assert not own & {parameter.data_ptr() for parameter in theirs.parameters()}  # both are trained
 
 
 def test_what_transformers_does_not_have_is_said():
-    odd = random_model(TransformerConfig(vocab_size=20, block_size=8, n_layer=1, n_head=1, d_model=8, bias=True))
+    odd = random_model(TransformerConfig(vocab_size=20, block_size=8, n_layer=1, n_head=1, d_model=8, norm="layernorm"))
     with pytest.raises(Unavailable, match="no model of this shape"):
         converted(odd)
 

@@ -20,10 +20,12 @@ from taperlit.errors import TaperlitError
 from taperlit.folding import fold
 from taperlit.norm import shared_gate, tapered_norms
 
+SCALING = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
     "llama": {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"},
     "gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "tied": True},
     "grouped": {"n_head": 4, "n_kv_head": 2, "d_model": 64, "tied": True},
+    "wide": {"n_head": 4, "n_kv_head": 2, "d_head": 12, "qkv_bias": True, "rope_scaling": SCALING},
     "narrow": {"n_head": 4, "n_kv_head": 1, "d_model": 40, "bias": True},  # heads of 10, which have to be padded
 }
 GATES = {"normalized": 1.0, "blended": 0.4, "explicit": 0.0, "folded": 0.0}

@@ -1,0 +1,33 @@
+"""Where a pretrained model came from, and the small files that go with it wherever it goes."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, cast
+
+CARRIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""The files beside a pretrained model's weights that are kept in checkpoints and written on export; the tokenizer's own
+file, ``tokenizer.json``, is kept with the data's."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A pretrained model without its weights: enough to build its class again with no file and no network.
+
+    Args:
+        name: what was asked for: a name on the hub, or the last part of a path.
+        files: the text of each file of :data:`CARRIED` that it has; ``config.json`` always.
+    """
+
+    name: str
+    files: dict[str, str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its ``config.json``, as ``transformers`` writes it."""
+        return cast("dict[str, Any]", json.loads(self.files["config.json"]))
