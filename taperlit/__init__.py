@@ -6,13 +6,18 @@ Names are imported when first used, so that ``import taperlit`` (and ``taperlit 
 from importlib import import_module
 from importlib.metadata import version
 
+from taperlit.hub.registered import register_when_imported
+
 __version__ = version("taperlit")
 
 _HOMES = {
     "AlignmentFreeze": "taperlit.callbacks",
+    "FakeLNSchedule": "taperlit.callbacks",
     "FiniteGuard": "taperlit.callbacks",
+    "FirstPosition": "taperlit.callbacks",
     "FoldOnEnd": "taperlit.callbacks",
     "GateSchedule": "taperlit.callbacks",
+    "LossTails": "taperlit.callbacks",
     "RngState": "taperlit.callbacks",
     "RunCheckpoint": "taperlit.callbacks",
     "ScaleAnchor": "taperlit.callbacks",
@@ -47,3 +52,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+register_when_imported()

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
 from taperlit.errors import TaperlitError
+from taperlit.hub.causal_lm import CausalLM
 from taperlit.transformer import Transformer
 
 T = TypeVar("T")
@@ -114,18 +115,24 @@ def whole_parameters(trainer: L.Trainer) -> AbstractContextManager:
     return nullcontext()
 
 
-def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
-    """Split a transformer over the processes of Lightning's ``ModelParallelStrategy``, in place.
+def parallelize(model: Transformer | CausalLM, mesh: DeviceMesh) -> None:
+    """Split a language model over the processes of Lightning's ``ModelParallelStrategy``, in place.
 
     Args:
         model: whole and with its initial values, which stay those of a run on one process.
         mesh: with the dimensions ``data_parallel`` (FSDP2) and ``tensor_parallel``.
 
     Raises:
-        TaperlitError: heads, MLP channels or vocabulary cannot be split evenly.
+        TaperlitError: heads, MLP channels or vocabulary cannot be split evenly, or a pretrained model is to be split
+            by tensor parallelism.
     """
     tensor_mesh = mesh["tensor_parallel"]
     if tensor_mesh.size() > 1:
+        if not isinstance(model, Transformer):
+            raise TaperlitError(
+                "Tensor parallelism knows our own transformer only; set strategy.tensor_parallel_size to 1 to train a "
+                "pretrained model."
+            )
         _split(model, tensor_mesh)
     for block in model.blocks:
         fully_shard(block, mesh=mesh["data_parallel"])

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from taperlit.absorb import Absorbed
+from taperlit.baselines.pointwise import Pointwise
 from taperlit.compare import Changed, Run, check_same, in_a_line, outputs_of, own_outputs, require_numbers, wide_outputs
 from taperlit.conflicts import check_foldable, check_touched, resolve
 from taperlit.consumers import Watch
 from taperlit.errors import TaperlitError
 from taperlit.float64 import storage_of
-from taperlit.norm import Phase, TaperNorm, shared_gate
+from taperlit.norm import Phase, TaperNorm, plain_name, shared_gate
 from taperlit.products import Feeds
 from taperlit.structure import Structure, add_bias, identity_for, replace, submodule, untie
 from taperlit.surgery import require_tapered
@@ -63,9 +64,11 @@ def fold(
         What changed, as plain data; :func:`taperlit.apply_structure` does it again to a fresh model.
 
     Raises:
-        TaperlitError: the gate is not 0; a norm feeds something that is not a linear map, did not run, or needs a bias
-            where none is read (the norm is named); the runs leave parameters untouched; or the outputs differ.
+        TaperlitError: the gate is not 0; the model has a DyT or a Derf; a norm feeds something that is not a linear
+            map, did not run, or needs a bias where none is read (the norm is named); the runs leave parameters
+            untouched; or the outputs differ.
     """
+    refuse_pointwise(model)
     norms = require_tapered(model, "fold")
     check_gate(model)
     try:
@@ -167,6 +170,7 @@ def rehearse(
     Raises:
         TaperlitError: as :func:`fold` will.
     """
+    refuse_pointwise(model)
     norms = require_tapered(model, "rehearse")
     for r in (run, *more_runs):
         own_outputs(model, r)  # what the user's own run raises is the user's
@@ -201,7 +205,24 @@ def rehearse(
     gate = shared_gate(model)
     assert gate is not None
     gate.set(0.0)
+    if gate.first is not None:
+        gate.set_first(0.0)
     fold(model, run, *more_runs, tied=tied, untouched=["*"])
+
+
+def refuse_pointwise(model: nn.Module) -> None:
+    """Refuse a model with layers of :mod:`taperlit.baselines` that are never linear, be it tapered elsewhere or not.
+
+    Raises:
+        TaperlitError: it has a DyT or a Derf; names the first.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Pointwise):
+            kind = type(module).__name__
+            raise TaperlitError(
+                f"{plain_name(name)} is a {kind}, whose {module.function} stays at inference and is no linear map, so "
+                f"the model cannot be folded; only tapered norms and FakeLN's can."
+            )
 
 
 def check_gate(model: nn.Module) -> None:
@@ -214,6 +235,12 @@ def check_gate(model: nn.Module) -> None:
     if gate is None:
         raise TaperlitError(f"{type(model).__name__} has no gate; call taperlit.taper(model) first.")
     gate.refresh()
+    if gate.phase is Phase.LINEAR_FIRST:
+        assert gate.first is not None
+        raise TaperlitError(
+            f"Position 0 still has a share of {gate.first.item():.6g} in a scalar of its own: train to the end of "
+            "FirstPosition before folding."
+        )
     if gate.phase is not Phase.LINEAR:
         raise TaperlitError(
             f"The gate is {gate.value.item():.6g}, not 0: the norms are still in use. "

@@ -15,7 +15,7 @@ from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 from taperlit.errors import TaperlitError
 from taperlit.norm import Phase, TaperLayerNorm, TaperNorm, TaperRMSNorm, shared_gate, tapered_norms, update_alignment
-from taperlit.surgery import missing_gains, require_tapered, taper
+from taperlit.surgery import known_norms, missing_gains, require_tapered, separate_first, taper
 
 
 class Block(nn.Module):
@@ -629,3 +629,59 @@ def test_a_norm_by_what_it_computes_and_not_by_its_name():
         assert taper(model) == ["0", "2"]
     assert model[0].kind.eps == 1e-5
     assert model[2].kind.eps is None  # the input's dtype decides, as in torch
+
+
+# A first position apart
+
+
+def test_a_separate_first_position_in_norms_of_every_class():
+    model, plain = mixed(), mixed()
+    taper(model)
+    separate_first(model)
+    separate_first(model)  # nothing more
+    align(model)
+    taper(plain)
+    align(plain)
+    norms, gate = tapered_norms(model), shared_gate(model)
+    for name, norm in norms.items():
+        assert norm.label == name
+        assert norm.first_alignment != norm.alignment
+        assert not torch.equal(norm.alignment, tapered_norms(plain)[name].alignment)
+    gate.set(0.0)
+    gate.set_first(0.25)
+    model.eval()
+    h = inputs()
+    with torch.no_grad():
+        for i, norm in enumerate(norms.values()):
+            gain, bias = norm.linear_map()
+            x = h.double() - (h.double().mean(-1, keepdim=True) if norm.centred else 0)
+            first = (norm.first_alignment.double() / norm.alignment.double()) ** 0.25
+            scale = torch.tensor([first, 1, 1]).view(3, 1)
+            expected = x * gain * scale + (0 if bias is None else bias)
+            torch.testing.assert_close(norm(h).double(), expected, rtol=1e-5, atol=1e-6)
+            h = model[i](h)
+
+
+def test_a_first_position_is_separated_while_the_gate_is_open():
+    model = mixed()
+    taper(model, ["0.norm"])
+    separate_first(model)
+    taper(model)  # joins
+    assert all(norm.first_alignment is not None for norm in tapered_norms(model).values())
+    late = mixed()
+    taper(late)
+    align(late)
+    shared_gate(late).set(0.5)
+    with pytest.raises(TaperlitError, match=r"The gate is 0\.5 and 0\.norm has one scalar for all positions already"):
+        separate_first(late)
+    late.load_state_dict(model.state_dict())  # its gate is open
+    separate_first(late)
+    with pytest.raises(TaperlitError, match="call taperlit"):
+        separate_first(mixed())
+
+
+def test_known_norms_are_what_taper_takes():
+    model = mixed()
+    kinds = known_norms(model)
+    assert taper(model) == list(kinds) == MIXED
+    assert known_norms(model) == kinds == {name: norm.kind for name, norm in tapered_norms(model).items()}

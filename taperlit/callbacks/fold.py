@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from taperlit.callbacks.submodule import named_module
 from taperlit.checkpoint.folded import write_folded
 from taperlit.errors import TaperlitError
-from taperlit.folding import fold, rehearse
+from taperlit.folding import fold, refuse_pointwise, rehearse
+from taperlit.hub.lora import merge_lora
 from taperlit.norm import Phase, shared_gate
 from taperlit.structure import Structure
 from taperlit.surgery import require_tapered
@@ -36,7 +37,8 @@ class FoldOnEnd(L.Callback):
 
     If weights are averaged, average them with ``use_buffers=False``, which copies the gate: an average of a gate that
     moved is not 0, and is not folded. Weights that a strategy shards are not folded either, and not tried before; fold
-    their checkpoint with ``taperlit fold``. Under ``fast_dev_run`` the folding is tried and nothing is written.
+    their checkpoint with ``taperlit fold``. Adapters (LoRA) are merged in the copy. Under ``fast_dev_run`` the folding is
+    tried and nothing is written.
 
     Example::
 
@@ -67,7 +69,9 @@ class FoldOnEnd(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what the end will need, and try the folding, on every process, so that all of them stop."""
-        require_tapered(named_module(pl_module, self.module, "FoldOnEnd"), "FoldOnEnd")
+        module = named_module(pl_module, self.module, "FoldOnEnd")
+        refuse_pointwise(module)
+        require_tapered(module, "FoldOnEnd")
         if pl_module.example_input_array is None:
             raise TaperlitError(
                 f"FoldOnEnd runs {type(pl_module).__name__}.forward to see what each norm feeds: "
@@ -130,6 +134,7 @@ class FoldOnEnd(L.Callback):
         for parent in list(clone.modules()):
             for name, child in parent._modules.items():  # torch.compile's wrappers would stand in the written names
                 parent._modules[name] = getattr(child, "_orig_mod", child)
+        merge_lora(clone)  # as the weights are written
         for name in ("log", "log_dict"):  # Lightning lets no forward log where this runs
             setattr(clone, name, lambda *args, **kwargs: None)
         dtype = cast(torch.dtype, clone.dtype)

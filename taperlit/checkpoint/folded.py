@@ -2,10 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +17,15 @@ from taperlit.checkpoint.assign import ModuleT, assign, build_hollow, tied_names
 from taperlit.checkpoint.atomic import recover, stamp, write_directory
 from taperlit.checkpoint.checksum import checksum, checksum_of
 from taperlit.errors import TaperlitError
+from taperlit.hub.causal_lm import CausalLM
+from taperlit.hub.families import as_transformer
+from taperlit.hub.load import build_pretrained, load_pretrained, tokenizer_json_of
+from taperlit.hub.lora import merge_lora
+from taperlit.hub.origin import Origin
 from taperlit.norm import tapered_norms
 from taperlit.structure import Structure, apply_structure, owner
-from taperlit.training.policy import apply_policy
+from taperlit.training.policy import taper_as_saved
+from taperlit.training.source import source_of
 from taperlit.transformer import Transformer, TransformerConfig
 
 FORMAT = "taperlit-folded-2"
@@ -33,6 +40,7 @@ class Config(TypedDict, total=False):
         model_class: the name of the model's class.
         structure: what folding did, see :class:`taperlit.structure.Structure`.
         model: the fields of :class:`taperlit.TransformerConfig`, where the model is our ``Transformer``.
+        pretrained: the fields of :class:`taperlit.hub.origin.Origin`, where it is a ``CausalLM``.
         tied: other names of a tensor, and the one that it is stored under.
         checksums: the CRC-32 of each file, and of this one's other keys.
     """
@@ -41,32 +49,29 @@ class Config(TypedDict, total=False):
     model_class: str
     structure: Structure
     model: dict[str, Any]
+    pretrained: dict[str, Any]
     tied: dict[str, str]
     checksums: dict[str, int]
 
 
-@dataclass
-class LoadedModel:
+ModelT = TypeVar("ModelT", bound=nn.Module, covariant=True)
+
+
+@dataclass(frozen=True)
+class LoadedModel(Generic[ModelT]):
     """A model read from disk.
 
     Args:
         model: in eval mode and float32, whatever it was stored in.
         tokenizer_json: the text of its ``tokenizer.json``, or None where none was stored.
         sample: (n, T) token blocks of its validation split, or None.
+        structure: what folding did to it, or None where it is not folded.
     """
 
-    model: Transformer
+    model: ModelT
     tokenizer_json: str | None
     sample: Tensor | None = None
-
-
-def config_from_hparams(preset: str, overrides: Mapping[str, Any] | None = None, **_: object) -> TransformerConfig:
-    """The transformer's config from the hyper-parameters that ``LanguageModel`` keeps in its checkpoints.
-
-    Raises:
-        TaperlitError: no preset or field of that name.
-    """
-    return TransformerConfig.from_preset(preset, **(overrides or {}))
+    structure: Structure | None = None
 
 
 def write_folded(
@@ -80,8 +85,8 @@ def write_folded(
 
     Args:
         directory: made here; its files appear under this name only when all are safely on disk.
-        model: after :func:`taperlit.fold`. Where it is not our ``Transformer``, its buffers that are not in its state
-            dict are written too, into ``buffers.safetensors``: a constructor may not make them alike twice.
+        model: after :func:`taperlit.fold`. Of a class that is not ours, its buffers that are not in its state dict are
+            written too, into ``buffers.safetensors``: a constructor may not make them alike twice.
         structure: what ``fold`` returned.
         tokenizer_json: the text for ``tokenizer.json``, or None.
         force: replace a directory that exists.
@@ -104,6 +109,9 @@ def write_folded(
     if type(model) is Transformer:
         config["model"] = asdict(model.config)
         buffers = {}  # its constructor makes them of its config alone
+    elif type(model) is CausalLM:
+        config["pretrained"] = asdict(model.origin)
+        buffers = {}
 
     def fill(partial: Path) -> None:
         config["tied"] = _write_tensors(partial / WEIGHTS, weights)
@@ -150,14 +158,14 @@ def load_folded(directory: str | Path, build: Callable[[], ModuleT]) -> ModuleT:
     return _load(directory, build, _read_config(directory), before)
 
 
-def load_checkpoint(path: str | Path) -> LoadedModel:
-    """The transformer, tokenizer and sample blocks in a checkpoint of ``taperlit fit``.
+def load_checkpoint(path: str | Path) -> LoadedModel[Transformer | CausalLM]:
+    """The model, tokenizer and sample blocks in a checkpoint of ``taperlit fit``; adapters are merged.
 
     Raises:
         TaperlitError: as :func:`taperlit.checkpoint.reader.read_checkpoint`, or its weights do not fit its own config.
     """
     # Imported here, as it takes a good part of a second, which a folded model need not wait for.
-    from taperlit.checkpoint.reader import open_checkpoint, read_weights
+    from taperlit.checkpoint.reader import open_checkpoint, read_weights, weight_names
 
     path = Path(path)
     recover(path)
@@ -166,22 +174,33 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
     hparams, data = checkpoint["hyper_parameters"], checkpoint.get("TextDataModule", {})
     tokenizer_json, sample = data.get("tokenizer"), data.get("sample")
     sample = None if sample is None else sample.clone()
-    del checkpoint, data  # what is mapped of the file
     try:
-        config, taper = config_from_hparams(**hparams), hparams["taper"]
+        policy = hparams["taper"]
+        if not {"preset", "pretrained"} & {name for name, value in hparams.items() if value is not None}:
+            raise KeyError("preset")
+        source = source_of(hparams, origin_in(checkpoint))
     except (TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise TaperlitError(f"{path} does not say which model it is of ({reason}); use another one.") from error
-    model = build_hollow(lambda: Transformer(config))
-    apply_policy(model, taper)
+    del checkpoint, data  # what is mapped of the file
+    build: Callable[[], Transformer | CausalLM] = source.build
+    model = build_hollow(build)
+    taper_as_saved(model, policy, weight_names(path, "model."))
     assign(model, read_weights(path, "model.", torch.float32, tied_names(model)), str(path))
     if stamp(path) != before:
         raise TaperlitError(f"{path} was replaced while it was read; load it again.")
+    merge_lora(model)
     return LoadedModel(model.eval(), tokenizer_json, sample)
 
 
-def load_model(path: str | Path) -> LoadedModel:
-    """Load a folded ``Transformer``'s directory or a checkpoint of ``taperlit fit``, whichever ``path`` is.
+def origin_in(checkpoint: dict[str, Any]) -> Origin | None:
+    """Where the pretrained model of a checkpoint's run came from; None of a run that had none."""
+    written = checkpoint["taperlit"].get("origin")
+    return None if written is None else Origin(**written)
+
+
+def read_model(path: str | Path) -> LoadedModel[Transformer | CausalLM]:
+    """Load a folded model's directory or a checkpoint of ``taperlit fit``, whichever ``path`` is, as it was written.
 
     Raises:
         TaperlitError: as :func:`load_folded` or :func:`load_checkpoint`, or it is a folded model of another class.
@@ -192,18 +211,58 @@ def load_model(path: str | Path) -> LoadedModel:
         return load_checkpoint(path)
     before = _stamps(path)
     config = _read_config(path)
-    if "model" not in config:
-        raise TaperlitError(
-            f"{path} holds a {config['model_class']}, not taperlit's Transformer; load it with "
-            f"taperlit.load_folded(directory, build=lambda: {config['model_class']}(...))."
-        )
+    build: Callable[[], Transformer | CausalLM]
     try:
-        shape = TransformerConfig(**config["model"])
+        if "model" in config:
+            shape = TransformerConfig(**config["model"])
+            build = partial(Transformer, shape)
+        elif "pretrained" in config:
+            build = partial(build_pretrained, Origin(**config["pretrained"]))
+        else:
+            raise TaperlitError(
+                f"{path} holds a {config['model_class']}, not taperlit's Transformer; load it with "
+                f"taperlit.load_folded(directory, build=lambda: {config['model_class']}(...))."
+            )
     except TypeError as error:
         raise _damaged(path / "config.json", error) from error
-    model = _load(path, lambda: Transformer(shape), config, before, torch.float32)
+    model = cast("Transformer | CausalLM", _load(path, build, config, before, torch.float32))
     tokenizer = path / TOKENIZER
-    return LoadedModel(model, tokenizer.read_text() if tokenizer.exists() else None)
+    text = tokenizer.read_text() if tokenizer.exists() else None
+    return LoadedModel(model, text, structure=config["structure"])
+
+
+def load_model(path: str | Path) -> LoadedModel[Transformer]:
+    """As :func:`read_model`, with a pretrained model made ours, which is what decodes and is exported to ONNX.
+
+    Raises:
+        TaperlitError: as :func:`read_model`, or a pretrained model of a family that has no table of names.
+    """
+    loaded = read_model(path)
+    return replace(loaded, model=as_transformer(loaded.model))  # type: ignore[return-value]
+
+
+def load_any(source: str | Path) -> LoadedModel[Transformer | CausalLM]:
+    """A folded model or a checkpoint as :func:`read_model` has it, or else a pretrained model.
+
+    Args:
+        source: a path of ours; or a name on the hub, a folder of ``transformers``, or a ``.gguf`` file.
+
+    Raises:
+        TaperlitError: it is neither, or cannot be read.
+    """
+    path = Path(source)
+    if path.exists() and path.suffix != ".gguf" and (path.is_file() or _is_ours(path)):
+        return read_model(path)
+    return LoadedModel(load_pretrained(str(source)), tokenizer_json_of(str(source)))
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory holds a folded model or a sharded checkpoint, damaged or not, of taperlit."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return _is_sharded(directory)
+    return isinstance(config, dict) and str(config.get("format")).startswith("taperlit-")
 
 
 def _load(
@@ -221,7 +280,7 @@ def _load(
         )
     apply_structure(model, config["structure"])
     assign(model, _read_tensors(directory / WEIGHTS, config["tied"], dtype), str(directory / WEIGHTS))
-    if "model" not in config:
+    if "model" not in config and "pretrained" not in config:
         _assign_buffers(model, directory / BUFFERS, config["tied"])
     if _stamps(directory) != before:
         raise TaperlitError(f"{directory} was replaced while it was read; load it again.")

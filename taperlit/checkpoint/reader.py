@@ -115,6 +115,11 @@ def read_weights(
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
+def weight_names(path: str | Path, prefix: str) -> set[str]:
+    """The names of the weights in a checkpoint that was looked into, those with a prefix, which is taken off."""
+    return {name.removeprefix(prefix) for name in _sizes(Path(path)) if name.startswith(prefix)}
+
+
 def _sizes(path: Path) -> dict[str, int]:
     """The bytes of each tensor in a checkpoint's state dict."""
     if path.is_dir():

@@ -8,9 +8,10 @@ from torch import nn
 
 from taperlit.checkpoint.folded import load_checkpoint, write_folded
 from taperlit.errors import TaperlitError
-from taperlit.folding import fold
+from taperlit.folding import fold, refuse_pointwise
 from taperlit.norm import tapered_norms
 from taperlit.structure import describe, untie
+from taperlit.transformer import Transformer
 
 CHECKED_TOKENS = 64  # at most: each is a float64 forward pass, of which one shows a wrong fold as well as many
 
@@ -38,6 +39,7 @@ def fold_checkpoint(
         raise TaperlitError(f"{directory} exists; name another --out or pass --force.")
     loaded = load_checkpoint(ckpt)
     model = loaded.model
+    refuse_pointwise(model)
     sizes = {name: _parameters(norm) for name, norm in tapered_norms(model).items()}
     if not sizes:
         raise TaperlitError(f"{ckpt} has no tapered norms (model.taper is none), so there is nothing to fold.")
@@ -45,11 +47,12 @@ def fold_checkpoint(
         raise TaperlitError(f"{ckpt} holds no validation blocks to check the folding on; it was not made by this fit.")
     blocks = loaded.sample.long()
     tokens = blocks[:, : min(blocks.shape[1] - 1, CHECKED_TOKENS // len(blocks))]
-    untied = ["head.weight"] if tied == "untie" and model.config.tied and "final_norm" in sizes else []
-    for name in untied:
-        untie(model, name)  # as fold would, after a first look at the model that this saves
+    own_head = isinstance(model, Transformer) and tied == "untie" and model.config.tied and "final_norm" in sizes
+    if own_head:
+        untie(model, "head.weight")  # as fold would, after a first look at the model that this saves
     structure = fold(model, lambda: model(tokens), tied=tied, keep=False)
-    structure["untied"] += untied
+    if own_head:
+        structure["untied"].append("head.weight")
     difference = structure["difference"]
     print(f"largest difference, folded against unfolded, on {tokens.numel()} validation tokens: {difference:.2e}")
     write_folded(directory, model, structure, loaded.tokenizer_json, force)

@@ -10,15 +10,23 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from taperlit.checkpoint.atomic import recover
-from taperlit.checkpoint.folded import config_from_hparams
+from taperlit.checkpoint.folded import origin_in
 from taperlit.checkpoint.reader import open_checkpoint
 from taperlit.errors import TaperlitError
 from taperlit.training.lightning_compat import begins_a_new_version, checkpoint_directory, continue_version
 from taperlit.training.module import LanguageModel
+from taperlit.training.source import source_of
 
 KEYWORDS = ("last", "best", "hpc")  # of --ckpt_path; anything else is a path
-# What a run under way cannot change: values that its statistics, its schedule or its frozen scalars depend on.
-SET_AT_THE_START = {"gate": ("closed",), "alignment": (), "anchor": ("weight",)}  # slots, and their options that may
+# What a run under way cannot change: values that its statistics, its schedule or its frozen scalars depend on. By slot,
+# with the options that may change.
+SET_AT_THE_START = {
+    "gate": ("closed",),
+    "alignment": (),
+    "first": (),
+    "anchor": ("weight",),
+    "fakeln": ("aux_weight", "end_of_text"),
+}
 # What takes effect from the next step on, and is told.
 APPLIED = ["lr", "betas", "weight_decay", "warmup", "min_lr_ratio"]
 APPLIED += ["chunk_tokens", "compile", "activation_checkpointing"]
@@ -110,11 +118,14 @@ def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options:
     """
     hparams = checkpoint["hyper_parameters"]
     try:
-        theirs = {**vars(config_from_hparams(**hparams)), "taper": hparams["taper"]}
+        theirs = {**source_of(hparams, origin_in(checkpoint)).identity(), "taper": hparams["taper"]}
     except (TypeError, KeyError) as error:
         raise TaperlitError(f"{path} is of another model; begin anew without --ckpt_path.") from error
-    mine = {**vars(module.config), "taper": module.hparams.taper}
-    changed = [f"{name} {theirs[name]}, not {mine[name]}" for name in mine if theirs[name] != mine[name]]
+    mine = {**module.source.identity(), "taper": module.hparams.taper}
+    names = [*mine, *(name for name in theirs if name not in mine)]
+    changed = [
+        f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in names if theirs.get(name) != mine.get(name)
+    ]
     if changed:
         raise TaperlitError(
             f"{path} is of another model ({', '.join(changed)}); name its run's config, or begin anew without "
@@ -125,7 +136,7 @@ def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options:
     began = checkpoint.get("callbacks", {}).get("RunRecord", {}).get("config")  # None where no command line trained it
     if began is not None:
         for slot, free in SET_AT_THE_START.items():
-            _check_slot(path, slot, began["taper"][slot], options["taper"][slot], free)
+            _check_slot(path, slot, began["taper"].get(slot), options["taper"][slot], free)
     changes = [
         f"model.{name} {module.hparams[name]} (before: {hparams[name]})"
         for name in APPLIED

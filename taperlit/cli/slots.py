@@ -12,9 +12,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from taperlit.callbacks import (
     AlignmentFreeze,
+    FakeLNSchedule,
     FiniteGuard,
+    FirstPosition,
     FoldOnEnd,
     GateSchedule,
+    LossTails,
     RngState,
     RunCheckpoint,
     ScaleAnchor,
@@ -24,6 +27,7 @@ from taperlit.callbacks import (
 )
 from taperlit.callbacks.predictions import PredictionWriter
 from taperlit.errors import TaperlitError
+from taperlit.training.policy import POLICIES
 
 Spec = dict[str, Any]  # class_path and init_args, as in YAML
 
@@ -35,13 +39,15 @@ class Slot(NamedTuple):
         purpose: for the help.
         kind: the callback that runs unless another is given.
         init_args: what it gets unless other values are given.
-        tapers: it runs only where ``model.taper`` is not ``none``.
+        tapers: it runs only where ``model.taper`` is one of these.
+        on: it runs unless it is turned off; else only where it is turned on.
     """
 
     purpose: str
     kind: type[Callback]
     init_args: dict[str, Any]
-    tapers: bool
+    tapers: tuple[str, ...] = POLICIES
+    on: bool = True
 
     @property
     def spec(self) -> Spec:
@@ -49,15 +55,17 @@ class Slot(NamedTuple):
         return {"class_path": f"taperlit.{self.kind.__name__}", "init_args": dict(self.init_args)}
 
 
+_GATED = ("internal", "all")  # a gate moves
 SLOTS = {
-    "gate": Slot("moves the gate", GateSchedule, {}, True),
-    "alignment": Slot("freezes the alignment scalars", AlignmentFreeze, {}, True),
-    "anchor": Slot("adds the scale loss", ScaleAnchor, {"module": "model.final_norm"}, True),
-    "fold": Slot("writes the folded model at the end", FoldOnEnd, {"module": "model"}, True),
-    "monitor": Slot(
-        "logs the taper's traces", TaperMonitor, {"residual": "model.final_norm", "logits": "model.head"}, False
-    ),
-    "guard": Slot("stops at, or skips, a step that is not finite", FiniteGuard, {}, False),
+    "gate": Slot("moves the gate", GateSchedule, {}, _GATED),
+    "alignment": Slot("freezes the alignment scalars", AlignmentFreeze, {}, _GATED),
+    "first": Slot("gives position 0 a scalar of its own for a while", FirstPosition, {}, _GATED, on=False),
+    "anchor": Slot("adds the scale loss", ScaleAnchor, {"module": "model.final_norm"}, _GATED),
+    "fakeln": Slot("freezes the denominators, one norm after the other", FakeLNSchedule, {}, ("fakeln",)),
+    "fold": Slot("writes the folded model at the end", FoldOnEnd, {"module": "model"}, (*_GATED, "fakeln")),
+    "monitor": Slot("logs the taper's traces", TaperMonitor, {"residual": "model.final_norm", "logits": "model.head"}),
+    "guard": Slot("stops at, or skips, a step that is not finite", FiniteGuard, {}),
+    "tails": Slot("reports the tails of the token losses when a model is evaluated", LossTails, {}),
 }
 
 
@@ -93,7 +101,7 @@ def add_slots(parser: LightningArgumentParser) -> None:
         parser.add_argument(
             f"--taper.{name}",
             type=L.Callback | bool | None,
-            default=slot.spec,
+            default=slot.spec if slot.on else None,
             help=f"{slot.purpose}; true is {slot.kind.__name__}, false or null is none",
         )
     parser.add_argument(
@@ -123,11 +131,11 @@ def settle(config: Namespace, command: str) -> dict[str, Any]:
     taper: dict[str, Any] = {}
     for name, slot in SLOTS.items():
         spec = _spec(config.taper[name], slot)
-        off = slot.tapers and config.model.taper == "none"
+        off = config.model.taper not in slot.tapers
         taper[name] = None if off or spec is None or _has(kinds, _class_of(spec)) else spec
     if (
         command == "fit"
-        and config.model.taper != "none"
+        and config.model.taper in SLOTS["gate"].tapers
         and taper["gate"] is None
         and not _has(kinds, SLOTS["gate"].kind)
     ):

@@ -76,6 +76,8 @@ class TaperlitCLI(CLI):
         """Settle which callbacks run, so that the config saved with the run says it."""
         command = str(self.subcommand)
         options = self.config[command]
+        if options.model.get("pretrained") and options.data.tokenizer is None:
+            options.data.tokenizer = options.model.pretrained
         if options.weights_only is None:
             options.weights_only = True  # nothing in a checkpoint of ours needs code to be read
         if command == "predict" and options.return_predictions is None:

@@ -7,9 +7,19 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from taperlit.errors import TaperlitError
+from taperlit.hub.load import tokenizer_json_of
 
 END_OF_TEXT = "<|endoftext|>"
-_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+# A chat model's eos ends a turn, not a document (SmolLM2: <|im_end|>); what it was pretrained with is still here.
+_KNOWN_ENDS = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<EOS_TOKEN>",
+    "[EOS]",
+)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -43,28 +53,50 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer from a ``tokenizer.json`` or, by name, from the hub.
+    """A tokenizer from a ``tokenizer.json``, a folder that has one, a pretrained model's folder or ``.gguf`` file, or,
+    by name, from the hub.
+
+    It neither truncates nor pads, whatever its file says: a document is all of its tokens.
 
     Raises:
-        TaperlitError: no such file, a damaged one, or the hub cannot be reached.
+        TaperlitError: no such file or folder, a damaged one, one without a tokenizer, or the hub cannot be reached.
     """
     path = Path(name).expanduser()
     if path.suffix == ".json" and not path.exists():
         raise TaperlitError(f"data.tokenizer: there is no file {path}.")
     try:
-        return Tokenizer.from_str(path.read_text()) if path.exists() else Tokenizer.from_pretrained(name)
+        tokenizer = Tokenizer.from_str(_text_of(path)) if path.exists() else Tokenizer.from_pretrained(name)
+    except TaperlitError:
+        raise
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = " ".join(str(error).split())[:200]
         raise TaperlitError(f"The tokenizer {name!r} cannot be loaded: {reason}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
+def _text_of(path: Path) -> str:
+    own = path / "tokenizer.json" if path.is_dir() else path
+    if own.is_file() and own.suffix != ".gguf":
+        return own.read_text(encoding="utf-8")
+    text = tokenizer_json_of(str(path))
+    if text is None:
+        raise TaperlitError(f"data.tokenizer: {path} has no tokenizer that a tokenizer.json can hold.")
+    return text
+
+
+def end_of_text_id(tokenizer: Tokenizer, eos_token: str | None = None) -> int:
     """Id of the token that ends a document.
 
+    Args:
+        tokenizer: of the documents.
+        eos_token: what its model's ``tokenizer_config.json`` calls so; taken where no token has a known name.
+
     Raises:
-        TaperlitError: it has none under a known name.
+        TaperlitError: it has neither.
     """
-    for token in _KNOWN_ENDS:
+    for token in (*_KNOWN_ENDS, *([eos_token] if eos_token else [])):
         if (token_id := tokenizer.token_to_id(token)) is not None:
             return token_id
     raise TaperlitError(f"The tokenizer has no end-of-text token; it needs one of {', '.join(_KNOWN_ENDS)}.")

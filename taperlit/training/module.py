@@ -1,27 +1,32 @@
 """The LightningModule: next-token loss, optimizer, learning rate, and what is logged."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from taperlit import __version__
-from taperlit.checkpoint.folded import config_from_hparams
 from taperlit.checkpoint.reader import CHECKPOINT_FORMAT
 from taperlit.distributed import gradient_norms, keep_buffers_float32, local, mean_over_ranks, parallelize
 from taperlit.errors import TaperlitError
+from taperlit.hub.causal_lm import CausalLM
+from taperlit.hub.lora import Lora
 from taperlit.norm import plain_name
 from taperlit.schedule import resolve_steps
 from taperlit.training import optimizer as adamw
 from taperlit.training.lightning_compat import should_log
 from taperlit.training.policy import Policy, apply_policy, check_policy
+from taperlit.training.source import Pretrained, source_of
 from taperlit.transformer import Transformer, TransformerOverrides
 
 # What a metric does with a NaN: keep it. torchmetrics' own default drops it, and its "disable" drops the weights.
@@ -37,13 +42,13 @@ class Perplexity(MeanMetric):
 
 
 class LanguageModel(L.LightningModule):
-    """A transformer trained to predict the next token.
+    """A transformer trained to predict the next token: one of ours from the start, or a pretrained one.
 
     Batches are (B, T + 1) int64 token blocks; a token of -100 is not predicted (padding of a last, ragged batch).
 
     Args:
         preset: name of a model shape, see ``taperlit.transformer.PRESETS``.
-        taper: which norms are tapered, see :func:`taperlit.training.policy.apply_policy`: none, internal or all.
+        taper: which norms are tapered, or what replaces them, see :func:`taperlit.training.policy.apply_policy`.
         overrides: fields of the preset to change.
         lr: peak learning rate.
         betas: of AdamW.
@@ -54,16 +59,21 @@ class LanguageModel(L.LightningModule):
         compile: compile each block with ``torch.compile`` for training. Evaluation stays eager: its other shapes and
             modes would each add a graph, where a run needs one per phase of the gate.
         activation_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+        pretrained: instead of a preset, a ``transformers`` language model: a name on the hub, a folder, or a ``.gguf``
+            file. Its dropout is off.
+        lora: train adapters (and the norms) in place of a pretrained model's weights.
+        remote_code: run the code that a pretrained model brings along.
 
     A resumed run takes ``lr``, ``betas``, ``weight_decay``, ``warmup`` and ``min_lr_ratio`` as they are given then.
 
     Raises:
-        TaperlitError: no such preset, policy or override, or a value out of its range.
+        TaperlitError: no such preset, policy or override, a pretrained model that cannot be read, or a value out of its
+            range.
     """
 
     def __init__(
         self,
-        preset: str,
+        preset: str | None = None,
         taper: Policy = "none",
         overrides: TransformerOverrides | None = None,
         lr: float = 6e-4,
@@ -74,29 +84,37 @@ class LanguageModel(L.LightningModule):
         chunk_tokens: int = 4096,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        pretrained: str | None = None,
+        lora: Lora | None = None,
+        remote_code: bool = False,
     ) -> None:
         super().__init__()
         if chunk_tokens < 1:
             raise TaperlitError(f"model.chunk_tokens must be at least 1, not {chunk_tokens}.")
         self.save_hyperparameters()
+        self.hparams.lora = None if lora is None else asdict(lora)  # a checkpoint holds plain data alone
         check_policy(taper)
-        self.config = config_from_hparams(preset=preset, overrides=overrides)
-        self.model: Transformer = None  # type: ignore[assignment]  # until configure_model
+        self.source = source_of(self.hparams)
+        self.vocab_size, self.block_size = self.source.sizes
+        self.model: Transformer | CausalLM = None  # type: ignore[assignment]  # until configure_model
         self._restored = False
         self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
         self.val_loss, self.val_perplexity = MeanMetric(NAN), Perplexity(NAN)
         self.test_loss, self.test_perplexity = MeanMetric(NAN), Perplexity(NAN)
-        self.example_input_array = torch.zeros(1, min(8, self.config.block_size), dtype=torch.int64)
+        # Different tokens: a mixture of experts should send them to all of its experts.
+        self.example_input_array = torch.arange(min(64, self.block_size, self.vocab_size))[None]
 
     def configure_model(self) -> None:
-        """Build the transformer, taper it, and split it as the strategy asks.
+        """Build the transformer or read it, taper it, and split it as the strategy asks.
 
         Every process builds it whole first, from the same seed: split or not, a run starts from the same values.
         """
         if self.model is not None:
             return
-        self.model = Transformer(self.config)
-        apply_policy(self.model, self.hparams.taper)
+        self.model = self.source.load().train()
+        left = apply_policy(self.model, self.hparams.taper)
+        for name, readers in left.items():
+            rank_zero_info(f"{name} stays a norm in every block: {', '.join(readers)} read what it gives.")
         self.model.activation_checkpointing = self.hparams.activation_checkpointing
         if self.hparams.compile:
             for block in self.model.blocks:  # alike, so they share one graph per phase
@@ -113,15 +131,29 @@ class LanguageModel(L.LightningModule):
         keep_buffers_float32(self.trainer)
         data = self.trainer.datamodule
         vocab_size, block_size = getattr(data, "vocab_size", 0), getattr(data, "block_size", 0)
-        if vocab_size > self.config.vocab_size:
+        if isinstance(self.source, Pretrained):
+            self._check_own_tokenizer(self.source, getattr(data, "tokenizer_json", None))
+        elif vocab_size > self.vocab_size:
             raise TaperlitError(
-                f"The tokenizer has {vocab_size} tokens and the model {self.config.vocab_size}; "
+                f"The tokenizer has {vocab_size} tokens and the model {self.vocab_size}; "
                 f"set model.overrides.vocab_size to {vocab_size}."
             )
-        if block_size > self.config.block_size:
+        if block_size > self.block_size:
+            mend = "lower data.block_size" if isinstance(self.source, Pretrained) else "set model.overrides.block_size"
             raise TaperlitError(
-                f"data.block_size {block_size} is more than the model's context {self.config.block_size}; "
-                f"set model.overrides.block_size to {block_size}."
+                f"data.block_size {block_size} is more than the model's context {self.block_size}; {mend} to "
+                f"{self.block_size if isinstance(self.source, Pretrained) else block_size}."
+            )
+
+    def _check_own_tokenizer(self, source: Pretrained, tokenizer_json: str | None) -> None:
+        """Refuse tokens that mean something else to a pretrained model."""
+        own = source.tokenizer_json()
+        if tokenizer_json is None or own is None:
+            return
+        if Tokenizer.from_str(own).get_vocab() != Tokenizer.from_str(tokenizer_json).get_vocab():
+            raise TaperlitError(
+                f"data.tokenizer is not the tokenizer of {source.name}, which the model was trained with; set "
+                f"data.tokenizer to {source.name}."
             )
 
     def _eager(self) -> AbstractContextManager:
@@ -144,20 +176,27 @@ class LanguageModel(L.LightningModule):
         self._losses.append(loss.detach())
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add one batch to val/loss and val/perplexity."""
-        self._evaluate(batch, "val", self.val_loss, self.val_perplexity)
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Add one batch to val/loss and val/perplexity; returns its (B, T) token losses."""
+        return self._evaluate(batch, "val", self.val_loss, self.val_perplexity)
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add one batch to test/loss and test/perplexity."""
-        self._evaluate(batch, "test", self.test_loss, self.test_perplexity)
+    def test_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Add one batch to test/loss and test/perplexity; returns its (B, T) token losses."""
+        return self._evaluate(batch, "test", self.test_loss, self.test_perplexity)
 
-    def _evaluate(self, batch: Tensor, split: str, *metrics: MeanMetric) -> None:
+    def _evaluate(self, batch: Tensor, split: str, *metrics: MeanMetric) -> Tensor:
+        """Add a batch's loss to metrics; returns its (B, T) token losses, which callbacks get."""
+        targets = batch[:, 1:]
         with self._eager():
-            loss, weight = self.loss(batch)
+            losses = self.model(
+                batch[:, :-1].clamp(min=0), targets, chunk_tokens=self.hparams.chunk_tokens, reduction="none"
+            )
+        weight = (targets != -100).sum()
+        loss = losses.sum() / weight.clamp(min=1)
         for name, metric in zip(("loss", "perplexity"), metrics, strict=True):
             metric.update(loss, weight)
             self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
+        return losses
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """(B, T) float32 log-probabilities of each block's tokens, given those before them; 0 where none counts."""
@@ -199,6 +238,8 @@ class LanguageModel(L.LightningModule):
         model's order. Read by another strategy, moments would go to the wrong parameters. Every strategy reads names.
         """
         checkpoint["taperlit"] = {"format": CHECKPOINT_FORMAT, "version": __version__}
+        if isinstance(self.source, Pretrained):
+            checkpoint["taperlit"]["origin"] = asdict(self.source.origin)
         names = {parameter: plain_name(name) for name, parameter in self.named_parameters()}
         for state, optimizer in zip(checkpoint.get("optimizer_states", ()), self.trainer.optimizers, strict=False):
             if not all(isinstance(key, int) for key in state.get("state", ("",))):
@@ -244,7 +285,7 @@ class LanguageModel(L.LightningModule):
     def flops_per_token(self, block_size: int) -> float:
         """Model FLOPs of training on one token in a block of this length (forward and backward, no recomputation)."""
         with torch.device("meta"):
-            model = Transformer(self.config)
+            model = self.source.build()
             tokens = torch.zeros(1, block_size, dtype=torch.int64)
             return measure_flops(model, lambda: model(tokens), torch.sum) / block_size
 

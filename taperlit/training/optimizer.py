@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from taperlit.baselines.pointwise import Pointwise
 from taperlit.schedule import warmup_cosine
 
 
@@ -35,7 +36,7 @@ def build(model: nn.Module, settings: Settings, fused: bool) -> tuple[AdamW, Lam
     """AdamW over a model's trainable parameters, with its states made already, and its schedule per optimizer step.
 
     Args:
-        model: on its device. Its linear maps' matrices decay; all else does not.
+        model: on its device. Its linear maps' matrices decay, and all of a DyT's or Derf's; all else does not.
         settings: see :class:`Settings`.
         fused: torch's fused implementation, one pass over each parameter, for CPU and CUDA.
     """
@@ -83,6 +84,12 @@ def _groups(
     """
     modules = list(modules)
     embeddings = {module.weight for module in modules if isinstance(module, nn.Embedding)}
-    decays = {module.weight for module in modules if isinstance(module, nn.Linear)} - embeddings
+    decays = {module.weight for module in modules if _is_linear(module)} - embeddings
+    decays |= {p for module in modules if isinstance(module, Pointwise) for p in module.parameters(recurse=False)}
     trainable = [p for p in parameters if p.requires_grad]
     return [p for p in trainable if p in decays], [p for p in trainable if p not in decays]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D, of GPT-2, is a linear map by another name; its class would have to be imported to be asked.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

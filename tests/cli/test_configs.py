@@ -17,8 +17,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 SIZES = {"1m": 1e6, "3m": 3e6, "9m": 9e6, "30m": 30e6, "124m": 124e6, "350m": 350e6}
 OVERLAYS = {"baseline": "none", "internal": "internal", "internal_aux": "internal", "all": "all", "all_aux": "all"}
+PEERS = {"fakeln": "fakeln", "dyt": "dyt", "derf": "derf"}
+ANCHORED = {"internal_aux", "all_aux", "baseline", *PEERS}  # overlays that leave the anchor as it is
 
 
+ALWAYS = {"monitor", "guard", "tails"}
 TAPERING = {"gate", "alignment", "fold"}
 EVERY = {"StepProgressBar", "ModelSummary", "TokenThroughput", "RunCheckpoint", "RngState"}
 
@@ -53,20 +56,21 @@ def test_every_run_builds_with_the_size_in_its_name(run):
     size = SIZES.get(run.removesuffix(".yaml").split("_")[1 if "gpt2" in run else -1])
     if size is not None:
         assert module.model.num_parameters() == pytest.approx(size, rel=0.08)
-    assert module.config.block_size >= config.data.block_size
-    assert len(tapered_norms(module)) == 2 * module.config.n_layer
-    assert slots(config) == {*SLOTS}
+    assert module.model.config.block_size >= config.data.block_size
+    assert len(tapered_norms(module)) == 2 * module.model.config.n_layer
+    assert slots(config) == running("internal", True)
     assert sorted(listed(config)) == sorted(EVERY)
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", OVERLAYS | PEERS)
 @pytest.mark.parametrize("run", RUNS)
 def test_every_overlay_composes_with_every_run(run, overlay):
     before = parse("--config", str(CONFIGS / run))
     config = parse("--config", str(CONFIGS / run), "--config", str(CONFIGS / f"taper/{overlay}.yaml"))
-    assert config.model.taper == OVERLAYS[overlay]
-    assert slots(config) == running(OVERLAYS[overlay], overlay.endswith("_aux"))
-    for slot in slots(config):
+    dial = (OVERLAYS | PEERS)[overlay]
+    assert config.model.taper == dial
+    assert slots(config) == running(dial, overlay.endswith("_aux"))
+    for slot in slots(config) & slots(before):
         assert config.taper[slot] == before.taper[slot]  # an overlay chooses what, the run says when
     config.model.taper = before.model.taper
     assert config.model == before.model
@@ -76,8 +80,10 @@ def test_every_overlay_composes_with_every_run(run, overlay):
 
 def running(taper, anchor):
     """The slots that should run."""
-    tapering = set() if taper == "none" else TAPERING | ({"anchor"} if anchor else set())
-    return {"monitor", "guard", *tapering}
+    if taper == "fakeln":
+        return {*ALWAYS, "fakeln", "fold"}
+    tapering = TAPERING | ({"anchor"} if anchor else set()) if taper in ("internal", "all") else set()
+    return {*ALWAYS, *tapering}
 
 
 @pytest.mark.parametrize("dial", ["none", "internal", "all"])
@@ -87,8 +93,18 @@ def test_one_dial_says_which_callbacks_run(run, overlay, dial):
     files = ["--config", str(CONFIGS / run), "--config", str(CONFIGS / f"taper/{overlay}.yaml")]
     config = parse(*files, f"--model.taper={dial}")
     # where the overlay leaves the anchor alone it is on
-    assert slots(config) == running(dial, overlay.endswith("_aux") or overlay == "baseline")
+    assert slots(config) == running(dial, overlay in ANCHORED)
     assert sorted(listed(config)) == sorted(EVERY)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "dial"),
+    [("internal", "fakeln"), ("all_aux", "dyt"), ("baseline", "derf"), ("fakeln", "all"), ("dyt", "none"),
+     ("derf", "internal"), ("fakeln", "dyt")],
+)  # fmt: skip
+def test_the_dial_turns_between_the_taper_and_its_peers(overlay, dial):
+    config = quickstart("--config", str(CONFIGS / f"taper/{overlay}.yaml"), f"--model.taper={dial}")
+    assert slots(config) == running(dial, overlay in ANCHORED)
 
 
 def quickstart(*args, **options):
@@ -132,13 +148,15 @@ def test_a_gate_that_nothing_would_move_is_refused():
             quickstart(f"--taper.gate={off}")
     on = ["--taper.gate=true", "--taper.alignment=true", "--taper.fold=true"]
     off = ["--taper.gate=null", "--taper.alignment=null", "--taper.fold=null"]
-    assert slots(quickstart(*off, *on)) == {*SLOTS}  # as it advises
+    assert slots(quickstart(*off, *on)) == running("internal", True)  # as it advises
+    for dial in ("none", "fakeln", "dyt", "derf"):  # these have no gate to move
+        assert "gate" not in slots(quickstart("--taper.gate=false", f"--model.taper={dial}"))
 
 
 def test_nothing_runs_twice():
     mine = "{class_path: taperlit.GateSchedule, init_args: {warmup: 7}}"
     config = quickstart("--trainer.callbacks+", mine, "--trainer.callbacks+=RunCheckpoint")
-    assert slots(config) == {*SLOTS} - {"gate"}
+    assert slots(config) == running("internal", True) - {"gate"}
     assert sorted(listed(config)) == sorted({*EVERY, "GateSchedule"})
     single = quickstart("--trainer.callbacks", "{class_path: taperlit.RngState}")  # no list
     assert sorted(listed(single)) == sorted(EVERY)
@@ -186,7 +204,7 @@ def test_run_configs_repeat_nothing_of_the_slots():
 
 
 def test_no_overlay_is_forgotten():
-    assert {path.stem for path in (CONFIGS / "taper").glob("*.yaml")} == set(OVERLAYS)
+    assert {path.stem for path in (CONFIGS / "taper").glob("*.yaml")} == {*OVERLAYS, *PEERS}
 
 
 @pytest.mark.parametrize("strategy", sorted(path.stem for path in (CONFIGS / "strategy").glob("*.yaml")))

@@ -129,7 +129,7 @@ def test_gradients_and_learning_rate_are_logged(tmp_path):
 
 def test_model_flops_are_six_a_parameter_and_attention():
     module = LanguageModel("small_9m")
-    c, T = module.config, 512
+    c, T = module.source.config, 512
     with torch.device("meta"):
         module.configure_model()
     matrices = sum(p.numel() for n, p in module.named_parameters() if p.ndim == 2)  # the tied one serves the head

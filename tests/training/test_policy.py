@@ -4,7 +4,7 @@ import torch
 from taperlit.errors import TaperlitError
 from taperlit.norm import plain_name, tapered_norms
 from taperlit.training.module import LanguageModel
-from taperlit.training.policy import TAPER_NAMES, apply_policy
+from taperlit.training.policy import apply_policy
 from taperlit.transformer import Transformer, TransformerConfig
 
 SHAPE = dict(vocab_size=100, block_size=16, n_layer=2, n_head=2, d_model=16, d_ff=32)
@@ -13,7 +13,7 @@ TAPERED = {"none": set(), "internal": BLOCKS, "all": BLOCKS | {"final_norm"}}
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
-@pytest.mark.parametrize("policy", TAPER_NAMES)
+@pytest.mark.parametrize("policy", TAPERED)
 def test_a_policy_tapers_the_norms_of_its_name(policy, norm):
     module = LanguageModel("small_1m", policy, {**SHAPE, "norm": norm})
     module.configure_model()
@@ -22,7 +22,7 @@ def test_a_policy_tapers_the_norms_of_its_name(policy, norm):
     assert len(gates) == (0 if policy == "none" else 1)
 
 
-@pytest.mark.parametrize("policy", TAPER_NAMES)
+@pytest.mark.parametrize("policy", TAPERED)
 def test_a_model_computes_and_counts_what_the_plain_one_does(policy):
     torch.manual_seed(0)
     plain = Transformer(TransformerConfig(**SHAPE))
