@@ -37,8 +37,8 @@ class FoldOnEnd(L.Callback):
 
     If weights are averaged, average them with ``use_buffers=False``, which copies the gate: an average of a gate that
     moved is not 0, and is not folded. Weights that a strategy shards are not folded either, and not tried before; fold
-    their checkpoint with ``taperlit fold``. Adapters (LoRA) are merged in the copy. Under ``fast_dev_run`` the folding is
-    tried and nothing is written.
+    their checkpoint with ``taperlit fold``. Adapters (LoRA) are merged in the copy. Under ``fast_dev_run`` the folding
+    is tried and nothing is written.
 
     Example::
 

@@ -1,30 +1,43 @@
 """``taperlit export``: a model for other programs."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
 import torch
+from tokenizers import Tokenizer
 
-from taperlit.checkpoint.folded import load_model
+from taperlit.checkpoint.folded import LoadedModel, load_model, read_model
+from taperlit.data.tokenizer import end_of_text_id
 from taperlit.decode.onnx_export import export_onnx
 from taperlit.decode.onnx_graph import library
 from taperlit.errors import TaperlitError
+from taperlit.hub.causal_lm import CausalLM
+from taperlit.hub.export import export_transformers, tokenizer_files
+from taperlit.hub.families import as_transformer
+from taperlit.hub.lens import export_lens, hooked_transformer
+from taperlit.norm import tapered_norms
+from taperlit.transformer import Transformer
 
 
 def export(
-    to: Literal["onnx"],
+    to: Literal["onnx", "transformers", "transformer-lens"],
     model: str,
     out: str | None = None,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    results: str | None = None,
     force: bool = False,
 ) -> None:
     """Write a folded model or a checkpoint for another program, and compare it with the original first.
 
     Args:
-        to: the program: onnx, for onnxruntime.
+        to: the program: onnx, for onnxruntime; transformers, for AutoModelForCausalLM; or transformer-lens, for
+            HookedTransformer, where no norm is left. The last two take folded models only.
         model: a directory that ``taperlit fold`` wrote, or a checkpoint.
-        out: directory to write; by default ``<model's name>-onnx`` beside the model.
-        dtype: of weights, activations and cache.
+        out: directory to write; by default ``<model's name>-<to>`` beside the model.
+        dtype: of the weights: float32 or float16 for onnx, float32 or bfloat16 for transformers, float32 for
+            transformer-lens.
+        results: a JSON file of figures by name, such as losses before and after, for the model card of transformers.
         force: replace ``out`` if it exists.
 
     Raises:
@@ -34,9 +47,82 @@ def export(
     directory = Path(out) if out is not None else path.with_name(f"{path.stem}-{to}")
     if directory.exists() and not force:
         raise TaperlitError(f"{directory} exists; name another --out or pass --force.")
+    if results is not None and to != "transformers":
+        raise TaperlitError(f"--results is for the model card of --to transformers; {to} has none.")
+    {"onnx": _to_onnx, "transformers": _to_transformers, "transformer-lens": _to_lens}[to](
+        path, directory, getattr(torch, dtype), results, force
+    )
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    print(f"wrote {directory} ({size / 1e6:.1f} MB, {dtype})")
+
+
+def _to_onnx(path: Path, directory: Path, dtype: torch.dtype, results: str | None, force: bool) -> None:
     for name in ("onnx", "onnxruntime"):  # before a large model is read
         library(name)
     loaded = load_model(path)
-    export_onnx(loaded.model, directory, loaded.tokenizer_json, getattr(torch, dtype), force)
-    size = sum(file.stat().st_size for file in directory.iterdir())
-    print(f"compared with the model: prompts and steps agree\nwrote {directory} ({size / 1e6:.1f} MB, {dtype})")
+    export_onnx(loaded.model, directory, loaded.tokenizer_json, dtype, force)
+    print("compared with the model: prompts and steps agree")
+
+
+def _to_transformers(path: Path, directory: Path, dtype: torch.dtype, results: str | None, force: bool) -> None:
+    figures = None if results is None else _read_figures(Path(results))
+    loaded = _read_folded(path)
+    export_transformers(
+        loaded.model,
+        loaded.structure,
+        directory,
+        tokenizer_json=loaded.tokenizer_json,
+        dtype=dtype,
+        end_of_text=_end_of_text(loaded),
+        results=figures,
+        force=force,
+        report=print,
+    )
+
+
+def _to_lens(path: Path, directory: Path, dtype: torch.dtype, results: str | None, force: bool) -> None:
+    if dtype is not torch.float32:
+        raise TaperlitError(f"Export to transformer-lens has float32, not {str(dtype).removeprefix('torch.')}.")
+    hooked_transformer()  # before a large model is read
+    loaded = _read_folded(path)
+    files = tokenizer_files(_carried(loaded), loaded.tokenizer_json, _end_of_text(loaded))
+    export_lens(as_transformer(loaded.model), directory, files, force)
+    print("compared with the model: logits agree")
+
+
+def _read_folded(path: Path) -> LoadedModel[Transformer | CausalLM]:
+    loaded = read_model(path)
+    if loaded.structure is None:
+        raise TaperlitError(
+            f"{path} is not folded; run `taperlit fold --ckpt {path}` and export what it writes."
+            if tapered_norms(loaded.model)
+            else f"{path} has its norms as they were, so there is nothing to export; train it with --model.taper."
+        )
+    return loaded
+
+
+def _carried(loaded: LoadedModel[Transformer | CausalLM]) -> dict[str, str]:
+    return loaded.model.origin.files if isinstance(loaded.model, CausalLM) else {}
+
+
+def _end_of_text(loaded: LoadedModel[Transformer | CausalLM]) -> str | None:
+    """The tokenizer's token that ends a text; None where there is no tokenizer, or no such token."""
+    if loaded.tokenizer_json is None:
+        return None
+    tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
+    try:
+        return tokenizer.id_to_token(end_of_text_id(tokenizer))
+    except TaperlitError:
+        return None
+
+
+def _read_figures(path: Path) -> dict[str, float]:
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TaperlitError(f"--results {path} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(figures, dict) or not all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in figures.values()
+    ):
+        raise TaperlitError(f'--results {path} is no JSON object of numbers, such as {{"loss before": 3.01}}.')
+    return figures
