@@ -109,7 +109,7 @@ def load_pretrained(source: str, remote_code: bool = False) -> CausalLM:
             delattr(lm.config, attribute)
     _check_floats(place.name, lm)
     _check_causal(place.name, lm)
-    return CausalLM(_with_generation_config(lm, origin), origin).eval()
+    return CausalLM(_finished(lm, origin), origin).eval()
 
 
 def build_pretrained(origin: Origin) -> CausalLM:
@@ -133,7 +133,7 @@ def build_pretrained(origin: Origin) -> CausalLM:
         lm = transformers.AutoModelForCausalLM.from_config(
             _config(origin), dtype=torch.float32, trust_remote_code=False
         )
-    return CausalLM(_with_generation_config(lm, origin), origin).eval()
+    return CausalLM(_finished(lm, origin), origin).eval()
 
 
 def tokenizer_json_of(source: str, remote_code: bool = False) -> str | None:
@@ -410,7 +410,13 @@ def _without_dropout(config: Any) -> Any:
     return config
 
 
-def _with_generation_config(lm: Any, origin: Origin) -> Any:
+def _finished(lm: Any, origin: Origin) -> Any:
+    """The model with its generation config, and experts that compute in any dtype.
+
+    ``transformers``' own choice for a mixture of experts is a kernel without float64, where foldings are proven.
+    """
+    if hasattr(lm, "set_experts_implementation"):
+        lm.set_experts_implementation("eager")
     if text := origin.files.get("generation_config.json"):
         with quiet():
             lm.generation_config = _transformers().GenerationConfig.from_dict(json.loads(text))

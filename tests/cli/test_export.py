@@ -4,8 +4,10 @@ import json
 import sys
 
 import pytest
+import small_models
 import torch
 import transformers as tf
+from families import close_with_random_maps
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -16,7 +18,9 @@ from taperlit.data.tokenizer import train_tokenizer
 from taperlit.decode.onnx_engine import OnnxEngine
 from taperlit.folding import fold
 from taperlit.hub.lens import load_hooked
-from taperlit.norm import shared_gate
+from taperlit.hub.load import load_pretrained
+from taperlit.norm import shared_gate, tapered_norms
+from taperlit.surgery import taper
 
 
 @pytest.fixture
@@ -69,6 +73,19 @@ def test_a_checkpoint(tiny, tmp_path, capsys):
         wanted = model(prompt)[:, -1]
     torch.testing.assert_close(OnnxEngine(tmp_path / "last-onnx").prefill(prompt), wanted)
     assert not (tmp_path / "last-onnx" / "tokenizer.json").exists()
+
+
+@torch.no_grad()
+def test_a_pretrained_model_to_onnx(tmp_path, capsys):
+    model = load_pretrained(str(small_models.saved("gpt2", tmp_path / "in")))
+    taper(model, ["*"])
+    close_with_random_maps(tapered_norms(model))
+    prompt = torch.tensor([[5, 9, 2, 40, 77]])
+    structure = fold(model, lambda: model(prompt))
+    write_folded(tmp_path / "folded", model, structure)
+    assert main(["export", "--to=onnx", "--model", str(tmp_path / "folded")]) == 0, capsys.readouterr().err
+    got = OnnxEngine(tmp_path / "folded-onnx").prefill(prompt)
+    torch.testing.assert_close(got, model(prompt)[:, -1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
