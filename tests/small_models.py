@@ -42,6 +42,7 @@ CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**_grouped, tie_word_embeddings=False),
     "llama_tied": lambda: tf.LlamaConfig(**_grouped, tie_word_embeddings=True),
     "mistral": lambda: tf.MistralConfig(**_grouped, sliding_window=None),
+    "mixtral": lambda: tf.MixtralConfig(**{**_grouped, "intermediate_size": 16}, num_local_experts=4),
     "qwen2": lambda: tf.Qwen2Config(**_grouped),
     "qwen3": lambda: tf.Qwen3Config(**_grouped, head_dim=8),
     "phi3": lambda: tf.Phi3Config(**_grouped),

@@ -31,6 +31,8 @@ COMMANDS = {
         "fold a checkpoint whose gate is 0 into a model without those norms", "taperlit.cli.fold", "fold_checkpoint"
     ),
     "generate": Command("continue prompts with a folded model or a checkpoint", "taperlit.cli.generate", "generate"),
-    "export": Command("write a folded model or a checkpoint for onnxruntime", "taperlit.cli.export", "export"),
+    "export": Command(
+        "write a folded model for transformers, TransformerLens or onnxruntime", "taperlit.cli.export", "export"
+    ),
     "bench": Command("measure decoding, training or folding here, in turns", "taperlit.cli.bench", "bench", True),
 }

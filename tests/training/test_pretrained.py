@@ -139,3 +139,12 @@ def test_a_context_beyond_the_models_is_refused_with_the_mend(tmp_path, data):
     folder = saved("gpt2", tmp_path / "gpt2")
     with pytest.raises(TaperlitError, match=r"block_size 129 is more than the model's context 128; lower .* to 128"):
         fit(folder, tmp_path, {**data, "block_size": 129, "batch_size": 1})
+
+
+def test_a_mixture_of_experts_goes_the_whole_way(tmp_path, data):
+    folder = saved("mixtral", tmp_path / "mixtral")
+    fold = FoldOnEnd(str(tmp_path / "folded"), module="model")
+    _, module = fit(folder, tmp_path, data, callbacks=[*tapering(), fold], taper="all")
+    folded = read_model(tmp_path / "folded")
+    assert len(folded.structure["identities"]) == 5
+    torch.testing.assert_close(folded.model(TOKENS), module.eval()(TOKENS), rtol=1e-4, atol=1e-4)
