@@ -311,7 +311,9 @@ class AlignmentFit:
 
     The energy of a few tokens with a huge residual outweighs all others', and the scalar then fits those tokens alone:
     where one token beside ``T`` equal ones is ``k`` times as large, it is ``(1 + k / T) / (1 + k^2 / T)`` of theirs.
-    Weighed alike, tokens count by their number. One of all zeros has no direction to fit, and weight 0 in both.
+    Weighed alike, tokens count by their number; but then nothing holds the huge ones down when the gate closes, and in
+    models that have them they should get a scalar of their own (:meth:`TaperNorm.separate_first`). A token of all zeros
+    has no direction to fit, and weight 0 in both.
 
     Args:
         weight: ``energy`` or ``token``.

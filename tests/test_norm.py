@@ -578,12 +578,11 @@ def test_a_first_position_apart_is_the_formula_and_its_gradients(taper, plain, s
         assert {name for name, p in norm.named_parameters() if id(p) not in idle} == {*used} & {*wide}
 
 
-@kinds
-def test_the_fast_blend_with_a_first_position_can_be_differentiated_twice(taper, plain):
-    norm = apart(randomize(taper(6, eps=1e-3, dtype=torch.float64)))
+def test_the_fast_blend_with_a_first_position_can_be_differentiated_twice():
+    norm = apart(randomize(TaperLayerNorm(4, eps=1e-3, dtype=torch.float64)))
     norm.gate.set(0.4)
     norm.gate.set_first(0.8)
-    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     named = dict(norm.named_parameters())
 
     def call(x, *values):

@@ -24,12 +24,14 @@ class AlignmentFreeze(L.Callback):
     the boundary stay as they are; those that begin a new run at gate 1 are measured and frozen anew.
 
     ``c`` is ``E[w / r] / E[w]`` with ``w`` by ``fit``, see :class:`taperlit.norm.AlignmentFit`: under the paper's, the
-    few tokens of pretrained models that have a huge residual decide alone.
+    few tokens of pretrained models that have a huge residual decide alone. Other fits set them free to explode, unless
+    the first position has a scalar of its own: see :class:`taperlit.FirstPosition`.
 
     Example::
 
         Trainer(max_steps=1000, callbacks=[GateSchedule(), AlignmentFreeze()])
-        Trainer(max_steps=300, callbacks=[GateSchedule(), AlignmentFreeze(fit="token")])  # a pretrained model
+        # a pretrained model
+        Trainer(max_steps=1000, callbacks=[GateSchedule(), AlignmentFreeze(), FirstPosition()])
 
     Args:
         at: freeze after this many steps (int) or fraction of ``max_steps`` (float); None is the end of the

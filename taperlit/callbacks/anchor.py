@@ -40,10 +40,13 @@ class ScaleAnchor(L.Callback):
         kind: which ``s``; None is the module's own (``layernorm`` for a LayerNorm, else ``rmsnorm``).
         at: freeze after this many steps (int) or fraction of ``max_steps`` (float); None is the end of the
             GateSchedule's warm-up.
+        skip: leave out this many positions at the beginning of each sequence, where pretrained models have residuals
+            tens of times the others'; ``h`` must then be (B, T, d_model).
 
     Raises:
-        TaperlitError: before the first step, if there is no such module, the boundary is unknown or optimization is
-            manual; in the first step, if the module did not run.
+        TaperlitError: a value out of its range; before the first step, if there is no such module, the boundary is
+            unknown or optimization is manual; in the first step, if the module did not run, or ``h`` has no more than
+            ``skip`` positions.
     """
 
     def __init__(
@@ -53,7 +56,11 @@ class ScaleAnchor(L.Callback):
         ema_rate: float = 0.01,
         kind: Literal["rmsnorm", "layernorm"] | None = None,
         at: int | float | None = None,
+        skip: int = 0,
     ) -> None:
+        if skip < 0:
+            raise TaperlitError(f"ScaleAnchor.skip is {skip}; it must be 0 or more.")
+        self.skip = skip
         if weight < 0 or not 0 < ema_rate <= 1:
             raise TaperlitError(f"ScaleAnchor needs weight >= 0 and 0 < ema_rate <= 1, not {weight} and {ema_rate}.")
         self.module, self.weight, self.ema_rate, self.kind, self.at = module, weight, ema_rate, kind, at
@@ -140,7 +147,15 @@ class ScaleAnchor(L.Callback):
     def _on_residual(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        s = self.scale(first_input(module, args, kwargs), _eps_of(module))
+        h = first_input(module, args, kwargs)
+        if self.skip:
+            if h.ndim != 3 or h.shape[1] <= self.skip:
+                raise TaperlitError(
+                    f"ScaleAnchor.skip is {self.skip} and {self.module!r} is given {tuple(h.shape)}, which has no "
+                    "(B, T, d_model) with more positions than that; set skip to 0."
+                )
+            h = h[:, self.skip :]
+        s = self.scale(h, _eps_of(module))
         self._ran = True
         if self.target is None:
             self._scales.append(s.detach().mean())

@@ -17,7 +17,12 @@ from taperlit.errors import TaperlitError
 from taperlit.norm import Phase, plain_name, shared_gate
 from taperlit.training.lightning_compat import should_accumulate
 
-PHASES = {Phase.NORMALIZE: "in the warm-up", Phase.BLEND: "in the taper", Phase.LINEAR: "after the taper"}
+PHASES = {
+    Phase.NORMALIZE: "in the warm-up",
+    Phase.BLEND: "in the taper",
+    Phase.LINEAR_FIRST: "after the taper, position 0 apart",
+    Phase.LINEAR: "after the taper",
+}
 
 
 class FiniteGuard(L.Callback):

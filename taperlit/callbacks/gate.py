@@ -93,7 +93,7 @@ class GateSchedule(L.Callback):
         """Check the model and the boundaries, and announce the warm-up at the gate."""
         self._norms = list(require_tapered(pl_module, "GateSchedule").values())
         shared_gate(pl_module)  # there is one
-        self._gate.plan.warmup, _ = self.boundaries(trainer)
+        self._gate.plan.warmup, self._gate.plan.end = self.boundaries(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what only now is there in every strategy: the others' announcements, the optimizers, the weights."""
@@ -168,6 +168,6 @@ class GateSchedule(L.Callback):
         Some strategies restore only after ``on_fit_start``.
         """
         if state_dict["boundaries"]:
-            self._boundaries = warmup, _ = tuple(state_dict["boundaries"])
+            self._boundaries = warmup, end = tuple(state_dict["boundaries"])
             if self._norms:
-                self._gate.plan.warmup = warmup
+                self._gate.plan.warmup, self._gate.plan.end = warmup, end

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from sequences import Sequences, Sums, blocks
 from toy import Stop, fit, same, scalars, state_of
 
-from taperlit import AlignmentFreeze, FirstPosition, GateSchedule, fold, taper
+from taperlit import AlignmentFreeze, FirstPosition, FoldOnEnd, GateSchedule, fold, taper
 from taperlit.callbacks import RngState
 from taperlit.errors import TaperlitError
 from taperlit.norm import Phase, shared_gate, tapered_norms
@@ -70,11 +70,12 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, stop):
 
 def test_it_folds_at_the_end_and_not_before(tmp_path):
     model, x = Sequences(), blocks()[:4]
-    fit(tmp_path, model, *callbacks())
+    fit(tmp_path, model, *callbacks(), FoldOnEnd(str(tmp_path / "folded")))
+    assert (tmp_path / "folded/model.safetensors").exists()
     model.eval()
     expected = model(x)
     shared_gate(model).set_first(0.5)
-    with pytest.raises(TaperlitError):
+    with pytest.raises(TaperlitError, match=r"Position 0 still has a share of 0\.5"):
         fold(model, lambda: model(x))
     shared_gate(model).set_first(0.0)
     fold(model, lambda: model(x))
