@@ -1,6 +1,5 @@
 """The fixed-target scale loss on the pre-logit residual."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -8,10 +7,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from taperlit.callbacks.added_loss import sum_over_ranks, with_added, wrap_training_step
 from taperlit.callbacks.gradients import has_gradients
 from taperlit.callbacks.plan import boundary_step, forget_plan
 from taperlit.callbacks.submodule import first_input, named_module
-from taperlit.distributed import mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm
 from taperlit.training.lightning_compat import should_log
@@ -99,31 +98,12 @@ class ScaleAnchor(L.Callback):
         kind = self.kind or ("layernorm" if _is_centred(module) else "rmsnorm")
         self._centred = kind == "layernorm"
         hook = module.register_forward_pre_hook(self._on_residual, with_kwargs=True)
-        self._undo = [hook.remove, self._wrap(pl_module)]
+        self._undo = [hook.remove, wrap_training_step(pl_module, lambda: self._penalties.clear(), self._add_penalty)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the boundary, and drop what a tuner's trial steps left behind."""
         self._boundary = boundary_step(trainer, pl_module, self.at, "ScaleAnchor")
         self._forget_batches()
-
-    def _wrap(self, pl_module: L.LightningModule) -> Callable[[], None]:
-        # Lightning shows callbacks the loss but takes none back from them, and a second backward pass, of the penalty
-        # alone, would have to be scaled for precision and accumulation by hand and breaks DDP, which allows one.
-        original, another = pl_module.training_step, vars(pl_module).get("training_step")
-
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            self._penalties.clear()
-            return self._add_penalty(original(*args, **kwargs))
-
-        pl_module.training_step = training_step
-
-        def undo() -> None:
-            del pl_module.training_step
-            if another is not None:  # a wrapper that was there before
-                pl_module.training_step = another
-
-        return undo
 
     def _release(self) -> None:
         while self._undo:
@@ -172,9 +152,7 @@ class ScaleAnchor(L.Callback):
             return output
         penalty = torch.stack(self._penalties).mean()
         self._step_penalties.append(penalty.detach())
-        if isinstance(output, Tensor):
-            return output + self.weight * penalty
-        return {**output, "loss": output["loss"] + self.weight * penalty}
+        return with_added(output, self.weight * penalty)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Freeze the target, once the warm-up's last step is done."""
@@ -191,19 +169,13 @@ class ScaleAnchor(L.Callback):
         if has_gradients(optimizer):
             if self.target is None:
                 if self._updated != trainer.global_step:  # LBFGS runs forward several times per step: the first counts
-                    total, count = self._sum_over_ranks(trainer, self._scales)
+                    total, count = sum_over_ranks(trainer, self._scales)
                     self._update(total / count)
                     self._updated = trainer.global_step
             elif should_log(trainer):  # Lightning's log takes most of a millisecond
-                total, count = self._sum_over_ranks(trainer, self._step_penalties)
+                total, count = sum_over_ranks(trainer, self._step_penalties)
                 pl_module.log("train/scale_loss", total / count.clamp(min=1e-9))
         self._forget_batches()
-
-    def _sum_over_ranks(self, trainer: L.Trainer, values: list[Tensor]) -> Tensor:
-        """Their sum and their number, (2,), over all processes but for one factor: the module need not run on each."""
-        device = trainer.strategy.root_device
-        total = torch.stack(values).sum() if values else torch.zeros((), device=device)
-        return mean_over_ranks(trainer, torch.stack((total, torch.full_like(total, len(values)))))
 
     def _update(self, batch: Tensor) -> None:
         ema = self._ema.to(batch.device)

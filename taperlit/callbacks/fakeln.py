@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from taperlit.baselines.fakeln import EPS, FakeLN, check_halves, freezing_order, require_fakeln
+from taperlit.callbacks.added_loss import sum_over_ranks, with_added, wrap_training_step
 from taperlit.callbacks.gradients import has_gradients
 from taperlit.callbacks.submodule import first_input
 from taperlit.data.tokenizer import end_of_text_id
@@ -168,7 +169,7 @@ class FakeLNSchedule(L.Callback):
         self._end_of_text = self._find_end_of_text(trainer)
         self._all_reduce_mean = functools.partial(mean_over_ranks, trainer)
         hook = final[0].register_forward_pre_hook(self._on_residual, with_kwargs=True)
-        self._undo = [hook.remove, self._wrap(pl_module)]
+        self._undo = [hook.remove, wrap_training_step(pl_module, lambda: self._penalties.clear(), self._add_penalty)]
 
     def _find_end_of_text(self, trainer: L.Trainer) -> int | None:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer_json", None)
@@ -219,7 +220,7 @@ class FakeLNSchedule(L.Callback):
         if self.sigma == "start":
             self._take(trainer)
         if self.aux_weight and has_gradients(optimizer) and should_log(trainer):
-            total, count = self._sum_over_ranks(trainer, self._step_penalties)
+            total, count = sum_over_ranks(trainer, self._step_penalties)
             pl_module.log("train/scale_loss", total / count.clamp(min=1e-9))
         self._step_penalties.clear()
 
@@ -242,24 +243,6 @@ class FakeLNSchedule(L.Callback):
                 norm.measure = "no"
 
     # ---- the scale loss
-
-    def _wrap(self, pl_module: L.LightningModule) -> Callable[[], None]:
-        # Lightning shows callbacks the loss but takes none back from them, see ScaleAnchor.
-        original, another = pl_module.training_step, vars(pl_module).get("training_step")
-
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            self._penalties.clear()
-            return self._add_penalty(original(*args, **kwargs))
-
-        pl_module.training_step = training_step
-
-        def undo() -> None:
-            del pl_module.training_step
-            if another is not None:  # a wrapper that was there before
-                pl_module.training_step = another
-
-        return undo
 
     def _on_residual(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -313,15 +296,7 @@ class FakeLNSchedule(L.Callback):
             return output
         penalty = torch.stack(self._penalties).mean()
         self._step_penalties.append(penalty.detach())
-        if isinstance(output, Tensor):
-            return output + self.aux_weight * penalty
-        return {**output, "loss": output["loss"] + self.aux_weight * penalty}
-
-    def _sum_over_ranks(self, trainer: L.Trainer, values: list[Tensor]) -> Tensor:
-        """Their sum and their number, (2,), over all processes but for one factor: the norm need not run on each."""
-        device = trainer.strategy.root_device
-        total = torch.stack(values).sum() if values else torch.zeros((), device=device)
-        return mean_over_ranks(trainer, torch.stack((total, torch.full_like(total, len(values)))))
+        return with_added(output, self.aux_weight * penalty)
 
     # ---- the end, and what is saved
 

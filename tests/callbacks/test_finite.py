@@ -7,7 +7,9 @@ from torch import nn
 
 from taperlit import AlignmentFreeze, GateSchedule, ScaleAnchor, taper
 from taperlit.callbacks import FiniteGuard, RunCheckpoint
+from taperlit.callbacks.finite import PHASES
 from taperlit.errors import TaperlitError
+from taperlit.norm import Phase
 from taperlit.training.trainer import Trainer
 
 
@@ -131,3 +133,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         fit(tmp_path, Net(), FiniteGuard(), Spoil(), keep, trainer=Trainer)
     for name in ("only.ckpt", "last.ckpt"):
         assert torch.load(tmp_path / "kept" / name, weights_only=True)["global_step"] == 4
+
+
+def test_every_phase_has_words():
+    assert set(PHASES) == set(Phase)

@@ -97,7 +97,7 @@ def test_nothing_stays_at_the_gate(tmp_path, fails):
             fit(tmp_path, model, *callbacks)
     else:
         fit(tmp_path, model, *callbacks)
-    assert plans[0] == GatePlan(warmup=4, alignment=True)
+    assert plans[0] == GatePlan(warmup=4, end=8, alignment=True)
     assert shared_gate(model).plan == GatePlan()
     assert "training_step" not in vars(model)
     assert not model.head._forward_pre_hooks
