@@ -64,6 +64,7 @@ class Variant:
 
 VARIANTS = {
     "finetune": Variant("fine-tuning, all norms kept", "baseline", removes=False),
+    "attention": Variant("the norms before attention alone", "attention"),
     "internal": Variant("Internal-Taper", "internal"),
     "all_aux": Variant("All-Taper +aux", "all_aux"),
     "fakeln": Variant("FakeLN", "fakeln"),
@@ -172,7 +173,7 @@ def options(name: str, seed: int, place: Path, folder: Path, args: argparse.Name
     """The arguments of `taperlit fit` for one variant."""
     part = args.steps // PARTS
     logger = {"save_dir": str(place), "name": "run"}
-    gated = name in ("internal", "all_aux")
+    gated = name in ("attention", "internal", "all_aux")
     callbacks = (yaml.safe_load(Path(args.config).read_text()).get("trainer") or {}).get("callbacks") or []
     callbacks = [spec for spec in callbacks if gated or not spec["class_path"].endswith(".FirstPosition")]
     callbacks.append({"class_path": "taperlit.RunCheckpoint", "init_args": {"save_top_k": 0}})  # the last one alone

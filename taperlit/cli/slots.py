@@ -55,7 +55,7 @@ class Slot(NamedTuple):
         return {"class_path": f"taperlit.{self.kind.__name__}", "init_args": dict(self.init_args)}
 
 
-_GATED = ("internal", "all")  # a gate moves
+_GATED = ("attention", "internal", "all")  # a gate moves
 SLOTS = {
     "gate": Slot("moves the gate", GateSchedule, {}, _GATED),
     "alignment": Slot("freezes the alignment scalars", AlignmentFreeze, {}, _GATED),

@@ -5,13 +5,14 @@ from typing import Literal, get_args
 from torch import nn
 
 from taperlit.baselines import BASELINES
+from taperlit.baselines.roles import role_of
 from taperlit.errors import TaperlitError
 from taperlit.foldable import foldable_norms
 from taperlit.hub.causal_lm import CausalLM
 from taperlit.surgery import taper
 from taperlit.transformer import Transformer
 
-Policy = Literal["none", "internal", "all", "fakeln", "dyt", "derf"]
+Policy = Literal["none", "attention", "internal", "all", "fakeln", "dyt", "derf"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 
 
@@ -21,9 +22,10 @@ def apply_policy(model: Transformer | CausalLM, policy: Policy) -> dict[str, lis
     Args:
         model: plain, with its weights.
         policy: ``none`` leaves it so; ``internal`` (Internal-Taper of arXiv:2602.10408) takes the norms in the blocks,
-            and the final norm stays to anchor the scale; ``all`` (All-Taper) takes the final norm too. In a pretrained
-            model only norms that can be folded are taken, so no QK-norm and no post-norm. ``fakeln``, ``dyt`` and
-            ``derf`` are the peers, see :mod:`taperlit.baselines`.
+            and the final norm stays to anchor the scale; ``all`` (All-Taper) takes the final norm too; ``attention``
+            takes only those before attention, for models whose MLPs do not bear it. In a pretrained model only norms
+            that can be folded are taken, so no QK-norm and no post-norm. ``fakeln``, ``dyt`` and ``derf`` are the
+            peers, see :mod:`taperlit.baselines`.
 
     Returns:
         The norms in the blocks that are left as they are, by their name in a block, with what reads them.
@@ -38,9 +40,11 @@ def apply_policy(model: Transformer | CausalLM, policy: Policy) -> dict[str, lis
         BASELINES[policy](model)
         return {}
     if isinstance(model, Transformer):
-        taper(model, ["blocks.*"] if policy == "internal" else ["*"])
+        taper(model, {"attention": ["blocks.*.attn_norm"], "internal": ["blocks.*"], "all": ["*"]}[policy])
         return {}
     names, left = foldable_norms(model)
+    if policy == "attention":
+        names = [name for name in names if role_of(model, name) == "attention"]
     if policy == "all":
         names.append(f"lm.{model.names.final_norm}")
     if not names:

@@ -21,7 +21,7 @@ def test_every_run_parses(run):
 def test_overlays_compose_with_them(overlay):
     config = parse("--config", str(CONFIGS / "finetune/gpt2_xl_owt.yaml"), "--config", str(overlay))
     running = slots(config)
-    assert ("gate" in running) == (config.model.taper in ("internal", "all"))
+    assert ("gate" in running) == (config.model.taper in ("attention", "internal", "all"))
     assert ("fakeln" in running) == (overlay.stem == "fakeln")
     if "fakeln" in running:
         assert config.taper.fakeln.init_args.final == 722  # the run's own schedule, not the overlay's

@@ -126,3 +126,12 @@ def test_a_model_whose_norms_cannot_be_folded_is_refused_with_the_readers():
     model = wrapped("olmo2")  # post-norms and QK-norms alone
     with pytest.raises(TaperlitError, match=r"No norm in the blocks of Olmo2ForCausalLM can be folded.*add"):
         apply_policy(model, "internal")
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("gpt2", "ln_1"), ("llama", "input_layernorm"), ("gemma2", "input_layernorm")]
+)
+def test_the_norms_before_attention_can_be_taken_alone(name, norm):
+    model = wrapped(name)
+    apply_policy(model, "attention")
+    assert tapered_norms(model).keys() == {f"lm.{model.names.blocks}.{i}.{norm}" for i in range(2)}

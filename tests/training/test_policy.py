@@ -9,7 +9,12 @@ from taperlit.transformer import Transformer, TransformerConfig
 
 SHAPE = dict(vocab_size=100, block_size=16, n_layer=2, n_head=2, d_model=16, d_ff=32)
 BLOCKS = {f"blocks.{i}.{norm}" for i in range(2) for norm in ("attn_norm", "mlp_norm")}
-TAPERED = {"none": set(), "internal": BLOCKS, "all": BLOCKS | {"final_norm"}}
+TAPERED = {
+    "none": set(),
+    "attention": {name for name in BLOCKS if "attn" in name},
+    "internal": BLOCKS,
+    "all": BLOCKS | {"final_norm"},
+}
 
 
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
@@ -39,5 +44,5 @@ def test_a_model_computes_and_counts_what_the_plain_one_does(policy):
 
 def test_an_unknown_policy_is_refused():
     for make in (lambda: LanguageModel("small_1m", "some"), lambda: apply_policy(None, "some")):
-        with pytest.raises(TaperlitError, match=r"model\.taper is 'some'; choose none, internal, all"):
+        with pytest.raises(TaperlitError, match=r"model\.taper is 'some'; choose none, attention, internal, all"):
             make()
