@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 import taperlit.callbacks.fold as fold_room
 from taperlit import AlignmentFreeze, FoldOnEnd, GateSchedule, RunCheckpoint, ScaleAnchor, load_folded, taper
+from taperlit.baselines import DyT
 from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
 from taperlit.training.trainer import Trainer
@@ -211,6 +212,14 @@ def test_a_model_that_cannot_fold_is_known_before_the_first_step(tmp_path, kind,
     assert same(before, state_of(model))
     fit(tmp_path, model, GateSchedule(3, 8), AlignmentFreeze())  # as it advises
     assert len(model.gates) == 12
+
+
+def test_a_layer_that_is_never_linear_is_refused_by_name(tmp_path):
+    model = Toy()
+    model.layers[1].norm = DyT((8,))
+    with pytest.raises(TaperlitError, match=r"layers\.1\.norm is a DyT, whose tanh stays"):
+        fit(tmp_path, model, *callbacks(tmp_path / "folded"))
+    assert model.gates == []
 
 
 @pytest.mark.parametrize("at", [None, 4])  # from the start, and resumed in the taper
