@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from processes import Leave
 from torch import nn
 from toy import Toy, fit, rows, scalars, state_of
 
@@ -32,7 +33,8 @@ class Dealt(Toy):
 
 
 def pair(tmp_path, model, *callbacks, strategy="ddp_spawn", **options):
-    fit(tmp_path, model, *callbacks, devices=2, strategy=strategy, use_distributed_sampler=False, **options)
+    options |= {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
+    fit(tmp_path, model, *callbacks, Leave(), **options)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
