@@ -1,4 +1,4 @@
-"""Find the module that a callback was given by name, and what it is called with."""
+"""Find the module that a callback was given by name, and see or change what it is called with."""
 
 from typing import Any
 
@@ -33,3 +33,14 @@ def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         if isinstance(value, Tensor):
             return value
     raise TaperlitError(f"A {type(module).__name__} is called without a tensor, so its input cannot be watched.")
+
+
+def with_first_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with another tensor in place of the one that :func:`first_input` finds."""
+    for i, given in enumerate(args):
+        if isinstance(given, Tensor):
+            return (*args[:i], value, *args[i + 1 :]), kwargs
+    name = next(name for name, given in kwargs.items() if isinstance(given, Tensor))
+    return args, {**kwargs, name: value}
