@@ -1,0 +1,85 @@
+"""The experiments that are commands of ours, with results of their own: ``finetune`` and ``decode``."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from paper_harness import corpus
+from taperlit.checkpoint.atomic import write_directory
+from taperlit.errors import TaperlitError
+
+TOOLS = Path(__file__).resolve().parents[1]
+# The least that goes through every part; the numbers mean nothing.
+TOY_FINETUNE = ("--steps", "6", "--batch-size", "2", "--block-size", "16", "--val-blocks", "2", "--new-tokens", "4")
+TOY_FINETUNE += ("--variants", "internal", "--data.max_tokens=100000", "--data.cache_dir")
+TOY_DECODE = ("--quick=true", "--backend=eager", "--peers=false", "--rounds=1")
+
+
+def finetune(size: str, out: Path, work: Path) -> None:
+    """A pretrained model's norms taken away: ``tools/smollm2``, to ``smollm2.json`` beside ``out``.
+
+    Args:
+        size: at ``toy`` a tiny model of random weights is in the pretrained one's place.
+        out: folder of the paper's results.
+        work: folder of runs under way.
+
+    Raises:
+        TaperlitError: it failed; it has told why.
+    """
+    result = out.parent / "smollm2.json"
+    words = ["--out", str(out.parent)]
+    if size == "toy":
+        model = work / "random-llama"
+        if not model.exists():
+            write_directory(model, _random_llama)
+        words += ["--gguf", str(model), "--work", str(work / "finetune"), *TOY_FINETUNE, str(work / "tokens")]
+    _once(result, [str(TOOLS / "smollm2_run.py"), *words])
+
+
+def decode(size: str, out: Path, work: Path) -> None:
+    """Tokens per second with and without norms: ``taperlit bench decode``, to ``bench_decode.json`` beside ``out``.
+
+    Args:
+        size: at ``toy`` the bench's quick part.
+        out: folder of the paper's results.
+        work: not used.
+
+    Raises:
+        TaperlitError: it failed; it has told why.
+    """
+    result = out.parent / "bench_decode.json"
+    quick = TOY_DECODE if size == "toy" else ()
+    _once(result, ["-m", "taperlit", "bench", "decode", "--json", str(result), *quick])
+
+
+COMMANDS: dict[str, Callable[[str, Path, Path], None]] = {"finetune": finetune, "decode": decode}
+"""By name; each is done once: its result is not made again while it is there."""
+
+
+def _once(result: Path, words: Sequence[str]) -> None:
+    if result.exists():
+        print(f"paper: {result} is there already; delete it to measure it again.", file=sys.stderr)
+        return
+    result.parent.mkdir(parents=True, exist_ok=True)
+    print("+", shlex.join(["python", *words]), file=sys.stderr, flush=True)
+    status = subprocess.run([sys.executable, *words], stdout=sys.stderr).returncode
+    if status:
+        raise TaperlitError(f"{shlex.join(words[:4])} failed with status {status}, see above.")
+
+
+def _random_llama(folder: Path) -> None:
+    """Write a model of transformers with random weights and a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    data = corpus.data_of("embedded", 512, max_tokens=100_000, cache_dir=str(folder / "tokens"))
+    data.prepare_data()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (data.cache_path() / "tokenizer.json").rename(folder / "tokenizer.json")

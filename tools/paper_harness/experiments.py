@@ -1,0 +1,101 @@
+"""What each experiment needs: lists of runs, or a command of ours."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paper_harness.runs import PAPER, POLICIES, Run
+from paper_harness.sizes import SIZES
+
+FIVE = ("baseline", "internal", "internal_aux", "all", "all_aux")
+"""The variants of the paper's figure 4."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; None is the size's own.
+
+    Args:
+        size: name in ``SIZES``.
+        corpus: name in ``CORPORA``.
+        seeds: of ``pretrain`` and ``length``; ``schedule`` takes the first.
+        lengths: of ``length``, in tokens per parameter.
+        tokens_per_parameter: of ``pretrain`` and its views.
+        lr: peak learning rate of all runs but the map of ``schedule``, which has multiples of it.
+        variants: none but these, and the baseline.
+    """
+
+    size: str = "nano"
+    corpus: str = "gcide"
+    seeds: tuple[int, ...] | None = None
+    lengths: tuple[float, ...] | None = None
+    tokens_per_parameter: float | None = None
+    lr: float | None = None
+    variants: tuple[str, ...] | None = None
+
+    def run(self, variant: str, seed: int, length: float, lr: float | None = None, **method: Any) -> Run:
+        """A run of these options."""
+        return Run(self.size, self.corpus, variant, seed, length, lr or self.lr, method)
+
+    def pick(self, variants: Sequence[str]) -> list[str]:
+        """Those of the variants that were asked for."""
+        return [v for v in variants if self.variants is None or v == "baseline" or v in self.variants]
+
+    def pick_seeds(self) -> tuple[int, ...]:
+        """Those that were asked for, or the size's."""
+        return SIZES[self.size].seeds if self.seeds is None else self.seeds
+
+
+def pretrain(options: Options, variants: Sequence[str] = tuple(POLICIES)) -> list[Run]:
+    """All variants, paired by seed, at one length."""
+    length = options.tokens_per_parameter or SIZES[options.size].tokens_per_parameter
+    return [options.run(v, seed, length) for seed in options.pick_seeds() for v in options.pick(variants)]
+
+
+def views(options: Options) -> list[Run]:
+    """``pretrain``'s runs of the paper's five variants."""
+    return pretrain(options, FIVE)
+
+
+def length(options: Options) -> list[Run]:
+    """The gap against tokens per parameter."""
+    lengths = options.lengths or SIZES[options.size].lengths
+    variants = options.pick(("baseline", "internal_aux", "all_aux"))
+    return [options.run(v, seed, each) for seed in options.pick_seeds() for each in lengths for v in variants]
+
+
+def schedule(options: Options) -> list[Run]:
+    """Where runs diverge: warm-up by end at each learning rate, then the other settings one at a time.
+
+    All at one seed; the baseline of each learning rate is beside them.
+    """
+    size, seed = SIZES[options.size], options.pick_seeds()[0]
+    base = options.lr or size.lr
+    variants = [v for v in options.pick(("baseline", "all_aux", "internal_aux")) if v != "baseline"]
+    grid = [(warmup, end) for warmup, end in itertools.product(size.warmups, size.ends) if end > warmup]
+    found = []
+    for lr in (base * factor for factor in size.lrs):
+        found.append(options.run("baseline", seed, size.schedule_tokens, lr))
+        for variant, (warmup, end) in itertools.product(variants, grid):
+            found.append(options.run(variant, seed, size.schedule_tokens, lr, warmup=warmup, end=end))
+    for variant, (name, values) in itertools.product(variants, ONE_AT_A_TIME.items()):
+        found += [options.run(variant, seed, size.schedule_tokens, base, **{name: value}) for value in values]
+    return found
+
+
+ONE_AT_A_TIME: dict[str, tuple[Any, ...]] = {
+    "shape": (PAPER["shape"], "linear"),
+    "ema_rate": (0.001, 0.1, 1.0),
+    "weight": (0.0, 0.01, 1.0, 10.0),
+}
+"""The paper's settings are the first run of ``shape``."""
+
+EXPERIMENTS: dict[str, Callable[[Options], list[Run]]] = {
+    "pretrain": pretrain,
+    "length": length,
+    "gradnorm": views,
+    "logit_chasing": views,
+    "schedule": schedule,
+}
+"""Those that are made of runs; see :mod:`paper_harness.commands` for the others."""

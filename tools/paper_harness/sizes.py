@@ -1,0 +1,108 @@
+"""The sizes: a model's shape, its batch and learning rate, and how long the experiments train it.
+
+``nano``'s learning rate is the baseline's at 2 tokens per parameter on ``gcide``, seed 0 (validation loss 5.066 at 1e-3,
+4.614 at 2e-3, 4.404 at 4e-3, 4.339 at 8e-3, 4.866 at 16e-3): of the two that are close the lower, since it also serves
+runs of 20 times that length.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from taperlit.transformer import Transformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of model and the runs that it is for.
+
+    Args:
+        shape: fields of ``TransformerConfig``.
+        batch_size: blocks per step.
+        lr: peak learning rate of every variant, unless an option says otherwise.
+        precision: as Lightning names it.
+        val_tokens: held-out tokens of every validation, rounded to whole batches.
+        seeds: of ``pretrain`` and ``length``.
+        tokens_per_parameter: of ``pretrain``.
+        lengths: of ``length``, in tokens per parameter.
+        schedule_tokens: of ``schedule``, in tokens per parameter.
+        warmups: of the gate, as shares of the run, in the map of ``schedule``.
+        ends: of the gate, likewise.
+        lrs: learning rates of the map, as multiples of ``lr``.
+    """
+
+    shape: dict[str, Any]
+    batch_size: int
+    lr: float
+    precision: str = "32-true"
+    val_tokens: int = 1 << 16
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tokens_per_parameter: float = 10.0
+    lengths: tuple[float, ...] = (0.5, 2.0, 5.0, 10.0, 20.0, 40.0)
+    schedule_tokens: float = 2.0
+    warmups: tuple[float, ...] = (0.02, 0.05, 0.2, 0.4)
+    ends: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    lrs: tuple[float, ...] = (1.0, 4.0)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the plain model, a tied matrix counted once: those of every variant when its norms are gone,
+        and what all of them have their tokens by."""
+        with torch.device("meta"):
+            model = Transformer(TransformerConfig(**self.shape))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens predicted per optimizer step."""
+        return self.batch_size * self.shape["block_size"]
+
+    @property
+    def val_batches(self) -> int:
+        """Batches of every validation."""
+        return max(1, round(self.val_tokens / self.tokens_per_step))
+
+    def length(self, tokens_per_parameter: float) -> tuple[int, int]:
+        """Optimizer steps of a run, and from one validation to the next: 12 validations, or one for 40 steps of a
+        short run. The last step has one."""
+        wanted = tokens_per_parameter * self.parameters / self.tokens_per_step
+        points = min(12, max(1, int(wanted / 40)))
+        every = max(1, round(wanted / points))
+        return points * every, every
+
+
+# Every field, so that no default of the package decides what a stored run was.
+_LLAMA = {
+    "norm": "rmsnorm",
+    "norm_eps": 1e-5,
+    "position": "rope",
+    "rope_theta": 10000.0,
+    "mlp": "swiglu",
+    "bias": False,
+    "tied": True,
+}
+
+
+def _shape(vocab_size: int, block_size: int, n_layer: int, n_head: int, d_model: int, d_ff: int) -> dict[str, Any]:
+    sizes = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, d_model=d_model, d_ff=d_ff)
+    return {**sizes, "n_head": n_head, "n_kv_head": n_head, **_LLAMA}
+
+
+# The paper's: batch, learning rate and 7000 steps as in configs/tinystories_*.yaml.
+_PAPER = {"batch_size": 128, "precision": "bf16-mixed", "val_tokens": 1 << 20}
+
+SIZES = {
+    "toy": Size(
+        _shape(512, 64, 2, 2, 16, 32), 4, 4e-3,
+        val_tokens=1 << 10, seeds=(0, 1), tokens_per_parameter=0.5, lengths=(0.25, 0.5, 1.0), schedule_tokens=0.25,
+        warmups=(0.1,), ends=(0.5, 1.0),
+    ),
+    "nano": Size(_shape(1024, 256, 6, 4, 48, 128), 8, 4e-3),
+    "micro": Size(_shape(1024, 256, 6, 4, 96, 256), 8, 3e-3),
+    "small_1m": Size(_shape(10000, 512, 8, 4, 64, 192), lr=4e-3, tokens_per_parameter=430.0, **_PAPER),
+    "small_3m": Size(_shape(10000, 512, 8, 4, 128, 384), lr=3e-3, tokens_per_parameter=154.0, **_PAPER),
+    "small_9m": Size(_shape(10000, 512, 8, 4, 256, 640), lr=2e-3, tokens_per_parameter=53.0, **_PAPER),
+    "small_30m": Size(_shape(10000, 512, 8, 8, 512, 1344), lr=1e-3, tokens_per_parameter=15.0, **_PAPER),
+}  # fmt: skip
