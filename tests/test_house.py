@@ -21,7 +21,7 @@ FILES = {
     ".".join(("taperlit", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-OUTER = ("taperlit", "__main__", "bench", "callbacks", "checkpoint", "cli", "data", "distributed", "training")
+OUTER = ("taperlit", "__main__", "bench", "callbacks", "checkpoint", "cli", "data", "distributed", "report", "training")
 INNER = [name for name in FILES if name.removeprefix("taperlit.").split(".")[0] not in OUTER]
 OUTSIDE = ("lightning", "pytorch_lightning", "lightning_fabric", "torch.distributed")
 COMPAT = "taperlit.training.lightning_compat"

@@ -25,13 +25,15 @@ class Stopwatch(L.Callback):
 
     Args:
         callback: whose hooks are timed.
-        hooks: their names.
+        hooks: their names; those of one of its parts have a dot.
     """
 
     def __init__(self, callback: L.Callback, *hooks: str) -> None:
         self.spent = self.total = 0.0
-        for name in hooks:
-            setattr(callback, name, self._timed(getattr(callback, name)))
+        for hook in hooks:
+            part, _, name = hook.rpartition(".")
+            owner = getattr(callback, part) if part else callback
+            setattr(owner, name, self._timed(getattr(owner, name)))
 
     def _timed(self, hook: Callable) -> Callable:
         @functools.wraps(hook)
@@ -91,12 +93,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="a multiple of the monitor's default interval, 50")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    hooks = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
+    hooks = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+    hooks += ("on_train_batch_end", "_on_residual", "_on_logits", "_radial._branch", "_radial._catch")
     with tempfile.TemporaryDirectory() as directory:
         shares = [
             share(
                 TaperMonitor(residual="model.final_norm", logits="model.head"),
-                (*hooks, "_on_residual", "_on_logits"),
+                hooks,
                 args.steps,
                 directory,
             )

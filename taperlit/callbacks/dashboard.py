@@ -64,7 +64,7 @@ def writers(trainer: L.Trainer) -> "list[SummaryWriter]":
 
 
 def add_gains(writer: "SummaryWriter", gains: dict[str, Tensor], step: int) -> None:
-    """Draw each norm's gains, (d,) by name, as a histogram ``taper_gain/<norm>``; those that are not all finite cannot be."""
+    """Draw each norm's gains, (d,) by name, as a histogram ``gain/<norm>``; not finite, they cannot be."""
     for name, gain in gains.items():
         if gain.isfinite().all():
-            writer.add_histogram(f"taper_gain/{name}", gain.cpu().numpy(), step, bins=BINS)
+            writer.add_histogram(f"gain/{name}", gain.cpu().numpy(), step, bins=BINS)

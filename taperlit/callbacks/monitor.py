@@ -40,7 +40,7 @@ class TaperMonitor(L.Callback):
     is on ``h`` itself, is not in it. There is none with manual optimization and DeepSpeed, where what is given to the
     backward pass is not known, nor for an ``h`` that is within a compiled graph, needs no gradient or is written over.
 
-    TensorBoard gets histograms ``taper_gain/<norm>`` in place of the gains' mean and spread (200 in a run at most), and
+    TensorBoard gets histograms ``gain/<norm>`` in place of the gains' mean and spread (200 in a run at most), and
     a dashboard of all these and the losses: "Custom Scalars", ``localhost:6006/#custom_scalars``. Every other logger
     gets plain numbers.
 

@@ -23,6 +23,7 @@ from toy import Stop, Toy, fit
 from taperlit import AlignmentFreeze, GateSchedule, TaperMonitor, taper
 from taperlit.callbacks.dashboard import PREFIX, layout
 from taperlit.norm import tapered_norms
+from taperlit.report.traces import tensorboard_scalars
 
 
 class Board:
@@ -135,7 +136,7 @@ def test_a_resumed_run_keeps_its_dashboard_and_its_past(tmp_path):
         assert [step for step, _ in traces[0]] == list(range(12))
         assert traces[0][:6] == traces[1][:6]  # the rest has other batches: this loader does not resume
     for name in tapered_norms(Toy()):
-        assert [e.step for e in cut.events.Tensors("run", f"taper_gain/{name}")] == list(range(12))
+        assert [e.step for e in cut.events.Tensors("run", f"gain/{name}")] == list(range(12))
 
 
 class Gains(L.Callback):
@@ -161,8 +162,12 @@ def test_the_gains_are_histograms_and_for_other_loggers_numbers(tmp_path):
     with open(tmp_path / "table/run/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["taper/gate"]]
     assert len(rows) == 12
+    reported = tensorboard_scalars(tmp_path / "board/run")  # the report makes numbers of the histograms
     for name in tapered_norms(Toy()):
-        events = board.events.Tensors("run", f"taper_gain/{name}")
+        events = board.events.Tensors("run", f"gain/{name}")
+        assert reported[f"taper/gain_mean/{name}"] == [
+            (step, pytest.approx(gains.seen[name, step].mean(), abs=1e-6)) for step in range(12)
+        ]
         assert len(events) == 12
         for event, row in zip(events, rows, strict=True):
             left, right, count = make_ndarray(event.tensor_proto).T
@@ -181,7 +186,7 @@ def test_a_long_run_draws_two_hundred_histograms_and_short_ones_each(tmp_path, m
     run(tmp_path, "long", Toy(), *callbacks(), steps=12)
     run(tmp_path, "short", Toy(), *callbacks(every=5), steps=12)
     run(tmp_path, "open", Toy(), TaperMonitor(every=1), steps=-1, max_epochs=1, limit_train_batches=6)
-    board, name = Board(tmp_path), "taper_gain/layers.0.norm"
+    board, name = Board(tmp_path), "gain/layers.0.norm"
     assert [e.step for e in board.events.Tensors("long/run", name)] == [0, 3, 6, 9]
     assert [e.step for e in board.events.Tensors("short/run", name)] == [0, 5, 10]
     assert [e.step for e in board.events.Tensors("open/run", name)] == list(range(6))
@@ -195,7 +200,7 @@ def test_gains_that_are_not_finite_are_not_drawn(tmp_path):
 
     run(tmp_path, "taper", Breaks(), TaperMonitor(every=1), steps=3)
     events = Board(tmp_path).events
-    assert [e.step for e in events.Tensors("taper/run", "taper_gain/layers.0.norm")] == [0]
+    assert [e.step for e in events.Tensors("taper/run", "gain/layers.0.norm")] == [0]
     assert len(events.Tensors("taper/run", "taper/gate")) == 3
 
 
@@ -212,7 +217,7 @@ def test_layers_without_gains_and_models_without_traces(tmp_path):
             super().__init__(width, elementwise_affine=False)
 
     run(tmp_path, "bare", Toy(Bare), TaperMonitor(every=1), steps=2)
-    assert not any(tag.startswith("taper_gain/") for tag in Board(tmp_path).events.Runs()["bare/run"]["tensors"])
+    assert not any(tag.startswith("gain/") for tag in Board(tmp_path).events.Runs()["bare/run"]["tensors"])
     assert layout([]) == {"Losses": layout(["taper/gate"])["Losses"]}
 
 
