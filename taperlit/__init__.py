@@ -21,6 +21,7 @@ _HOMES = {
     "RngState": "taperlit.callbacks",
     "RunCheckpoint": "taperlit.callbacks",
     "ScaleAnchor": "taperlit.callbacks",
+    "ShrinkMassive": "taperlit.callbacks",
     "TaperMonitor": "taperlit.callbacks",
     "TaperlitError": "taperlit.errors",
     "Engine": "taperlit.decode.engine",

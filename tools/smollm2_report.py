@@ -161,7 +161,7 @@ def _samples(titles: dict[str, str], results: dict[str, Result]) -> list[str]:
 def _plot(path: Path, titles: dict[str, str], original: Result, results: dict[str, Result], settings: Result) -> None:
     """Three panels: training loss, validation loss, and the residual before each norm."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    colors = dict(zip(titles, ("black", *plt.cm.viridis([0.1, 0.5, 0.8])), strict=True))
+    colors = dict(zip(titles, ("black", *plt.cm.viridis([0.0, 0.3, 0.6, 0.85])), strict=True))
     named: set[str] = set()
     for run in results.values():
         color = colors[run["variant"]]

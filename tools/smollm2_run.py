@@ -175,7 +175,6 @@ def options(name: str, seed: int, place: Path, folder: Path, args: argparse.Name
     logger = {"save_dir": str(place), "name": "run"}
     gated = name in ("attention", "internal", "all_aux")
     callbacks = (yaml.safe_load(Path(args.config).read_text()).get("trainer") or {}).get("callbacks") or []
-    callbacks = [spec for spec in callbacks if gated or not spec["class_path"].endswith(".FirstPosition")]
     callbacks.append({"class_path": "taperlit.RunCheckpoint", "init_args": {"save_top_k": 0}})  # the last one alone
     overlay: dict[str, Any] = {
         "seed_everything": seed,

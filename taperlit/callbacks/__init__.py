@@ -13,6 +13,7 @@ from taperlit.callbacks.finite import FiniteGuard
 from taperlit.callbacks.first_position import FirstPosition
 from taperlit.callbacks.fold import FoldOnEnd
 from taperlit.callbacks.gate import GateSchedule
+from taperlit.callbacks.massive import ShrinkMassive
 from taperlit.callbacks.monitor import TaperMonitor
 from taperlit.callbacks.progress import StepProgressBar
 from taperlit.callbacks.rng import RngState
@@ -30,6 +31,7 @@ __all__ = [
     "RngState",
     "RunCheckpoint",
     "ScaleAnchor",
+    "ShrinkMassive",
     "StepProgressBar",
     "TaperMonitor",
     "TokenThroughput",
