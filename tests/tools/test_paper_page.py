@@ -304,6 +304,21 @@ def test_length_tells_the_gap_at_each_length_and_the_crossing():
     assert rows["All-Taper +aux"]["crossing"] == "no crossing between 0.5 and 40, above it"
 
 
+def test_length_counts_the_runs_that_diverged(tmp_path):
+    def fate(run):
+        return 9 if run.variant == "all_aux" and (run.length == 0.5 or (run.length, run.seed) == (2, 0)) else None
+
+    runs = [run for run in PICK["length"](stored()) if fate(run) is None]
+    lost = [Run("nano", "gcide", "all_aux", seed, at) for at, seed in ((0.5, 0), (0.5, 1), (0.5, 2), (2, 0))]
+    section = length.section([*runs, *(StoredRun(record(run, diverged=9)) for run in lost)])
+    row = table(section.lines, "variant")["All-Taper +aux"]
+    assert row["0.5"] == "(3 of 3 diverged)"
+    assert re.fullmatch(r"\+.*%\)† \(1 of 3 diverged\)", row["2"])
+    assert row["crossing"] == "no crossing between 2 and 40, above it; 4 diverged left out"
+    assert any(line.startswith("Diverged at 2: All-Taper +aux 1 of 3") for line in section.lines)
+    section.draw(tmp_path / "length.png")
+
+
 def test_gradnorm_tells_the_ratio_of_the_last_fifth():
     runs = PICK["gradnorm"](stored())
     rows = table(gradnorm.section(runs).lines, "weight type")
@@ -318,6 +333,24 @@ def test_gradnorm_tells_the_ratio_of_the_last_fifth():
     ratio = np.mean([end("all_aux", seed) / end("baseline", seed) for seed in SEEDS])
     assert rows["`attn.q_proj`"]["All-Taper +aux"] == f"{ratio:.2f}x"
     assert rows["`attn.q_proj`"]["All-Taper"].endswith(f"x{tables.FEW}")  # of one seed, since two diverged
+
+
+def test_the_gains_of_both_branches_are_one_weight_type():
+    runs = PICK["gradnorm"](stored())
+    one, twin = WEIGHT_TYPES[1], WEIGHT_TYPES[-1]
+    assert (one.endswith("attn_norm.weight"), twin.endswith("attn_norm.taper_weight")) == (True, True)
+
+    def end(variant, seed):
+        (run,) = [run for run in runs if (run.variant, run.seed) == (variant, seed)]
+        traces = run.result["traces"]
+        both = dict(traces[one]), dict(traces.get(twin, []))
+        late = [step for step in both[0] if step >= 0.8 * run.steps]
+        return np.mean([(both[0][step] ** 2 + both[1].get(step, 0) ** 2) ** 0.5 for step in late])
+
+    ratio = np.mean([end("internal_aux", seed) / end("baseline", seed) for seed in SEEDS])
+    assert ratio > 2
+    rows = table(gradnorm.section(runs).lines, "weight type")
+    assert rows["`attn_norm`"]["Internal-Taper +aux"] == f"{ratio:.2f}x"
 
 
 def logit_chasing_text(change):
@@ -412,6 +445,21 @@ def test_finetune_and_decode_read_what_our_commands_wrote():
     assert "x to " in section.claims[0].ours
 
 
+def test_decoding_on_two_devices_is_not_mixed(tmp_path):
+    told = json.loads((ROOT / "docs/results/bench_decode.json").read_text())
+    (tmp_path / "bench_decode.json").write_text(json.dumps(told))
+    for row in told["rows"]:
+        if row["variant"] == "folded":
+            row["ratio"] = 9.5
+    (tmp_path / "bench_decode_cuda.json").write_text(json.dumps({**told, "device": "a GPU"}))
+    paths = decode.find(tmp_path / "paper")
+    section = decode.section(paths)
+    devices = {row[1] for row in section.rows if row[section.columns.index("ratio")] == 9.5}
+    assert devices == {"a GPU"}
+    assert "a GPU" in section.claims[0].ours
+    section.draw(tmp_path / "decode.png")
+
+
 # ---- the page
 
 
@@ -487,6 +535,17 @@ def test_runs_that_are_missing_are_counted(tmp_path):
     assert told["tools/paper pretrain --size nano --corpus gcide"] == "1 of the 24 runs of `pretrain` at nano on gcide"
     assert "tools/paper length --size nano --corpus gcide" not in told
     assert not any("runs of" in what for what in (one.what for one in missing(stored(), tmp_path)))
+
+
+def test_the_papers_sizes_stand_beside_ours_once_they_are_run(tmp_path):
+    there = {"size": "small_1m", "corpus": "tinystories"}
+    paper = [record(Run("nano", "gcide", variant, 0, 10), **there) for variant in ("baseline", "internal")]
+    runs = [*PICK["pretrain"](stored()), *map(StoredRun, paper)]
+    (claim, *_) = pretrain.section(runs).claims
+    assert re.search(r"nano, gcide.*<br>small_1m, tinystories.*Internal-Taper", claim.ours)
+    told = missing(runs, tmp_path)
+    assert not any(one.what.startswith("the paper's small_1m") for one in told)
+    assert any("`pretrain` at small_1m on tinystories" in one.what for one in told)
 
 
 def test_an_experiment_is_written_from_its_records_alone(tmp_path):

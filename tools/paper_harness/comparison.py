@@ -69,14 +69,14 @@ class Comparison:
             f"{text} ({some.result['parameters']:,} parameters, {some.result['tokens']:,} tokens, {some.steps:,} steps)"
         )
 
-    def fates(self) -> list[str]:
-        """A line on the runs that diverged, by name, if any did."""
+    def fates(self, where: str = "") -> list[str]:
+        """A line on the runs that diverged, by name, if any did; ``where`` says which these are."""
         told = []
         for variant in self.variants:
             if lost := self.lost(variant):
                 each = "; ".join(f"seed {run.seed} {run.fate}" for run in lost)
                 told.append(f"{title(variant)} {len(lost)} of {len(self.of(variant))} ({each})")
-        return [f"Diverged: {'; '.join(told)}.", ""] if told else []
+        return [f"Diverged{where}: {'; '.join(told)}.", ""] if told else []
 
 
 def compare(runs: Iterable[StoredRun]) -> tuple[list[Comparison], list[str]]:

@@ -112,7 +112,7 @@ def _data(runs: Sequence[StoredRun]) -> list[str]:
         config = own[0].settings.get("config") or {}
         data, trainer = config.get("data") or {}, config.get("trainer") or {}
         layers = ((config.get("model") or {}).get("overrides") or {}).get("n_layer")
-        sizes = {run.result.get("parameters") for run in own} - {None}
+        sizes: set[int] = {run.result["parameters"] for run in own if run.result.get("parameters")}
         lost = sum(not run.arrived for run in own)
         lengths = sorted({run.length for run in own})
         rows.append([

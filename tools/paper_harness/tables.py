@@ -45,7 +45,7 @@ class Section:
     title: str
     lines: list[str]
     columns: Sequence[str] = RUN_COLUMNS
-    rows: list[Sequence[Any]] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
     caption: str = ""
     draw: Callable[[Path], None] | None = None
     claims: list[Claim] = field(default_factory=list)

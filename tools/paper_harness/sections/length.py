@@ -1,7 +1,7 @@
 """`length`: the gap to the baseline against tokens per parameter, and where it changes its sign."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +24,13 @@ class Line:
         variant: of them.
         gaps: mean and interval by tokens per parameter, where there is a pair.
         seeds: by seed, (tokens per parameter, gap) pairs.
-        diverged: runs of it or of their baselines that did not arrive.
+        lost: by tokens per parameter, how many runs of it or of their baselines did not arrive, and of how many.
     """
 
     variant: str
-    gaps: dict[float, Estimate]
-    seeds: dict[int, list[tuple[float, float]]]
-    diverged: int
+    gaps: dict[float, Estimate] = field(default_factory=dict)
+    seeds: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    lost: dict[float, tuple[int, int]] = field(default_factory=dict)
 
     def points(self) -> list[tuple[float, float]]:
         """The mean gaps, by length."""
@@ -41,7 +41,8 @@ class Line:
         points = self.points()
         if len(points) < 2:
             return "fewer than two lengths"
-        apart = f"; {self.diverged} diverged left out" if self.diverged else ""
+        diverged = sum(count for count, _ in self.lost.values())
+        apart = f"; {diverged} diverged left out" if diverged else ""
         found = crossings(points)
         if not found:
             side = next((", above it" if gap > 0 else ", below it" for _, gap in points if gap), "")
@@ -66,7 +67,7 @@ def section(runs: Sequence[StoredRun]) -> Section:
         "logarithm of the length; its range is that of the single seeds' own crossings.",
         "",
     ]
-    rows, drawn, claims = [], [], []
+    rows, drawn = [], []
     for setup, alike in grouped(picked.runs, lambda run: run.setup).items():
         comparisons = [Comparison(own) for own in grouped(alike, lambda run: run.length).values()]
         comparisons.sort(key=lambda comparison: comparison.length)
@@ -78,29 +79,30 @@ def section(runs: Sequence[StoredRun]) -> Section:
             continue
         lines += [f"### {setup.title()}", "", *_table(comparisons, curves)]
         for comparison in comparisons:
-            lines += [f"{comparison.length:g}: {line}" if line else "" for line in comparison.fates()]
+            lines += comparison.fates(f" at {comparison.length:g}")
         if any(line.gaps for line in curves):
             drawn.append((setup, curves))
-            claims.append((setup, curves))
     return Section(
         name="length",
         title="The gap over the length of training",
         lines=[*lines, *left_out(picked.superseded)],
         rows=rows,
         caption="Mean gap with its 95% interval where there are several seeds, single seeds as dots; a ring is where "
-        "the mean crosses the baseline, the bar through it the range over the seeds.",
+        "the mean crosses the baseline, the bar through it the range over the seeds. Crosses at the bottom count the "
+        "runs that diverged.",
         draw=partial(_draw, drawn[:MOST_ROWS]) if drawn else None,
-        claims=[_claim(*claims[0])] if claims else [],
+        claims=[_claim(drawn[:MOST_ROWS])] if drawn else [],
     )
 
 
 def _line(comparisons: Sequence[Comparison], variant: str) -> Line:
-    line = Line(variant, {}, {}, 0)
+    line = Line(variant)
     for comparison in comparisons:
         gaps = comparison.gaps(variant)
         own = {run.seed for run in comparison.of(variant)}
         lost = {run.seed for name in (variant, BASELINE) for run in comparison.lost(name)}
-        line.diverged += len(own & lost)
+        if own & lost:
+            line.lost[comparison.length] = len(own & lost), len(own)
         if (mean := estimate(gaps.values())) is not None:
             line.gaps[comparison.length] = mean
         for seed, gap in gaps.items():
@@ -129,17 +131,18 @@ def _base_cell(comparison: Comparison) -> str:
     return f"{'' if mean is None else f'{mean.mean:.4f}{few(mean.n)}'} {told}".strip()
 
 
-def _claim(setup: Setup, curves: Sequence[Line]) -> Claim:
-    told = "; ".join(f"{title(line.variant)}: {line.crossing()}" for line in curves if line.gaps)
-    return Claim(
-        "The gap against tokens per parameter changes its sign", "not reported", f"{setup.size}, {setup.corpus}: {told}"
-    )
+def _claim(setups: Sequence[tuple[Setup, Sequence[Line]]]) -> Claim:
+    told = []
+    for setup, curves in setups:
+        crossed = "; ".join(f"{title(line.variant)} {line.crossing()}" for line in curves if line.gaps)
+        told.append(f"{setup.title()}: {crossed}")
+    return Claim("The gap against tokens per parameter changes its sign", "not reported", "<br>".join(told))
 
 
 def _draw(setups: Sequence[tuple[Setup, Sequence[Line]]], path: Path) -> None:
     with canvas(path, len(setups), 1, 4.2) as (_, panels):
         for (axis,), (setup, curves) in zip(panels, setups, strict=True):
-            lengths = sorted({length for line in curves for length in line.gaps})
+            lengths = sorted({length for line in curves for length in (*line.gaps, *line.lost)})
             axis.set_xscale("log")
             axis.axhline(0, color=color_of(BASELINE), linewidth=1.2)
             ends = []
@@ -151,6 +154,7 @@ def _draw(setups: Sequence[tuple[Setup, Sequence[Line]]], path: Path) -> None:
                 ends.append((*points[-1], line.variant))
                 _draw_spread(axis, line)
             gap_scale(axis, *_limits(curves))
+            _draw_lost(axis, curves)
             plain_log_axis(axis.xaxis, lengths)
             axis.set_title(f"gap to the baseline's validation loss: {setup.title()}")
             axis.set_xlabel("training tokens per parameter")
@@ -165,6 +169,19 @@ def _limits(curves: Sequence[Line]) -> tuple[float, float]:
     bounds = [edge for gap in gaps for edge in (gap.low, gap.high) if edge is not None]
     low, high = min(seeds + bounds), max(seeds + bounds)
     return max(low, min(seeds) - room), min(high, max(seeds) + room)
+
+
+def _draw_lost(axis: Axes, curves: Sequence[Line]) -> None:
+    """Crosses along the bottom at the lengths where runs diverged, with room made for them."""
+    rows = [line for line in curves if line.lost]
+    low, high = axis.get_ylim()
+    axis.set_ylim(low - 0.07 * len(rows) * (high - low), high)
+    for place, line in enumerate(rows):
+        for length, (count, tried) in line.lost.items():
+            axis.text(
+                length, 0.02 + 0.06 * place, f"\N{MULTIPLICATION X} {count} of {tried}", color=color_of(line.variant),
+                fontsize=8.5, ha="center", va="bottom", transform=axis.get_xaxis_transform(), zorder=5,
+            )  # fmt: skip
 
 
 def _draw_spread(axis: Axes, line: Line) -> None:
