@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw a run's taper traces from its TensorBoard files.
+"""Draw a run's taper traces from its event files or metrics.csv.
 
 tools/plot_traces.py runs/quickstart/version_0 docs/traces.png
 """
@@ -11,7 +11,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from traces import scalars
+
+from taperlit.report.traces import read_traces
 
 
 def main() -> None:
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    logged = scalars(args.run)
+    logged = read_traces(args.run)
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, layout="constrained")
 
     def draw(axis, tag, label=None, **style):

@@ -34,5 +34,6 @@ COMMANDS = {
     "export": Command(
         "write a folded model for transformers, TransformerLens or onnxruntime", "taperlit.cli.export", "export"
     ),
+    "report": Command("write an HTML page about runs", "taperlit.cli.report", "report", True),
     "bench": Command("measure decoding, training or folding here, in turns", "taperlit.cli.bench", "bench", True),
 }

@@ -252,7 +252,7 @@ def test_print_config(command, capsys):
 
 
 @pytest.mark.slow
-def test_tools_report_and_draw_a_run(tmp_path, shards):
+def test_tools_report_and_draw_a_run(tmp_path, shards, capsys):
     run = fit(tmp_path, shards)
     assert main(["fold", "--ckpt", str(run / "checkpoints/last.ckpt")]) == 0
 
@@ -260,7 +260,9 @@ def test_tools_report_and_draw_a_run(tmp_path, shards):
         command = [sys.executable, str(CONFIGS.parent / "tools" / name), *map(str, args)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    report = tool("report.py", run, run / "checkpoints/last-folded")
+    capsys.readouterr()
+    assert main(["report", str(run), "--measure"]) == 0
+    report = capsys.readouterr().out
     assert re.search(r"gate +1 -> 0\n", report)
     assert len(re.findall(r"\d tokens/s", report)) == 2
     assert float(re.search(r"largest logit difference +(\S+)", report)[1]) < 1e-4
