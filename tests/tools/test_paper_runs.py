@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import os
 import random
 import signal
@@ -190,22 +191,36 @@ def test_a_dictionary_becomes_documents(monkeypatch):
     index += index.splitlines()[-1] + "\n"  # two headwords of one entry
     package = deb({"some.dict.dz": gzip.compress(text), "some.index": index.encode()})
     monkeypatch.setattr(corpus, "_download", lambda name: package)
-    wrong = corpus.Corpus("", 0.1, package="dict-some=1", sha256="0")
     with pytest.raises(TaperlitError, match=r"is not the known text .its SHA-256 is [0-9a-f]+.; delete it") as error:
-        corpus.fetch(wrong)
+        corpus.fetch(packaged("0"))
     digest = str(error.value).split("SHA-256 is ")[1].split(")")[0]
-    path = corpus.fetch(corpus.Corpus("", 0.1, package="dict-some=1", sha256=digest))
+    path = corpus.fetch(packaged(digest))
     found = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert sorted(found) == sorted(entries)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
+def packaged(sha256: str) -> str:
+    corpus.CORPORA["some"] = corpus.Corpus("", 0.1, package="dict-some=1", sha256=sha256)
+    return "some"
+
+
 def test_a_package_that_cannot_be_had_is_told_in_one_line(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(TaperlitError, match="no apt-get to fetch dict-some=1 with; choose --corpus"):
-        corpus.fetch(corpus.Corpus("", 0.1, package="dict-some=1", sha256="0"))
+        corpus.fetch(packaged("0"))
     with pytest.raises(TaperlitError, match="no corpus 'nothing'"):
         corpus.find("nothing")
+
+
+def test_pythons_source_is_a_corpus(monkeypatch, tmp_path):
+    files = [tmp_path / "one.py", tmp_path / "two.py"]
+    files[0].write_bytes(b"caf\xc3\xa9 = 1\n")
+    files[1].write_bytes(b"# \xff\n")
+    monkeypatch.setattr(corpus, "python_files", lambda: list(map(str, files)))
+    lines = corpus.fetch("embedded").read_text().splitlines()
+    assert sorted(json.loads(line)["text"] for line in lines) == ["# \ufffd\n", "caf\xe9 = 1\n"]
+    assert corpus.fetch("tinystories") is None
 
 
 # ---- runs
@@ -293,7 +308,9 @@ def test_a_diverging_run_is_a_result(place):
     assert list(place.work.iterdir()) == []
 
     tapered = small("all", lr=1e30).settings()
-    assert runs.train(tapered, place.out, place.work, "cpu")["result"]["diverged"]["gate"] == 1.0
+    lost = runs.train(tapered, place.out, place.work, "cpu")["result"]["diverged"]
+    assert lost["step"] == 2  # of the taper from 1 to 6
+    assert lost["gate"] == pytest.approx((1 + math.cos(math.pi / 5)) / 2, abs=1e-3)
 
 
 def test_a_validation_that_is_not_finite_is_a_divergence(place, monkeypatch):
@@ -356,20 +373,37 @@ workers.work(settings, workers.Place(out / "out", out / "work", "cpu"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [30, 80])  # before the first checkpoint, and after it
-def test_a_killed_worker_s_run_is_done(place, tmp_path, at):
+def test_a_killed_worker_s_run_is_done(place, tmp_path):
+    """It goes on from its last checkpoint, and its record is that of a run that nobody killed."""
     settings = small(length=2).settings()
     script = KILLED.format(register=REGISTER)
-    command = [sys.executable, "-c", script, str(TOOLS), str(place.out.parent), json.dumps([settings]), str(at)]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    words = [sys.executable, "-c", script, str(TOOLS), str(place.out.parent), json.dumps([settings]), "80"]
+    assert subprocess.run(words).returncode == -signal.SIGKILL
     assert not runs.record_path(place.out, hash_of(settings)).exists()
-    assert any(place.work.rglob("last.ckpt")) == (at > 52)
     workers.do_all([settings], place, 1)
     record = record_of(settings, place)
-    assert record["ran"]["resumed"] == (at > 52)
+    assert record["ran"]["resumed"]
+    assert list(place.work.iterdir()) == []
     whole = runs.train(settings, tmp_path / "whole", tmp_path / "work2", "cpu")
     assert record["result"] == whole["result"]
-    assert list(place.work.iterdir()) == []
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_begins_anew(place, tmp_path, monkeypatch):
+    settings = small().settings()
+    step = LanguageModel.training_step
+
+    def stopped(self, batch, batch_idx):
+        if batch_idx == 8:
+            raise TaperlitError("stopped")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "training_step", stopped)
+        with pytest.raises(TaperlitError, match="stopped"):
+            runs.train(settings, place.out, place.work, "cpu")
+    record = runs.train(settings, place.out, place.work, "cpu")
+    assert not record["ran"]["resumed"]
+    assert record["result"] == runs.train(settings, tmp_path / "whole", tmp_path / "work2", "cpu")["result"]
 
 
 # ---- many runs

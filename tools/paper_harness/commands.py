@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import yaml
+
 from paper_harness import corpus
 from taperlit.checkpoint.atomic import write_directory
 from taperlit.errors import TaperlitError
@@ -13,7 +15,9 @@ from taperlit.errors import TaperlitError
 TOOLS = Path(__file__).resolve().parents[1]
 # The least that goes through every part; the numbers mean nothing.
 TOY_FINETUNE = ("--steps", "6", "--batch-size", "2", "--block-size", "16", "--val-blocks", "2", "--new-tokens", "4")
-TOY_FINETUNE += ("--variants", "internal", "--data.max_tokens=100000", "--data.cache_dir")
+TOY_FINETUNE += ("--variants", "internal")
+TOY_CONFIG = {"model": {"taper": "internal", "lr": 1e-3}, "trainer": {"gradient_clip_val": 1.0}}
+TOY_TOKENS = 100_000
 TOY_DECODE = ("--quick=true", "--backend=eager", "--peers=false", "--rounds=1")
 
 
@@ -34,7 +38,10 @@ def finetune(size: str, out: Path, work: Path) -> None:
         model = work / "random-llama"
         if not model.exists():
             write_directory(model, _random_llama)
-        words += ["--gguf", str(model), "--work", str(work / "finetune"), *TOY_FINETUNE, str(work / "tokens")]
+        config = work / "finetune.yaml"
+        data = {"max_tokens": TOY_TOKENS, "cache_dir": str(work / "tokens"), **corpus.place_options("embedded")}
+        config.write_text(yaml.safe_dump({**TOY_CONFIG, "data": data}))
+        words += ["--gguf", str(model), "--work", str(work / "finetune"), "--config", str(config), *TOY_FINETUNE]
     _once(result, [str(TOOLS / "smollm2_run.py"), *words])
 
 
@@ -74,7 +81,7 @@ def _random_llama(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    data = corpus.data_of("embedded", 512, max_tokens=100_000, cache_dir=str(folder / "tokens"))
+    data = corpus.data_of("embedded", 512, max_tokens=TOY_TOKENS, cache_dir=str(folder / "tokens"))
     data.prepare_data()
     torch.manual_seed(0)
     config = LlamaConfig(

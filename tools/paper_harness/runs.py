@@ -199,7 +199,8 @@ def fit_config(settings: dict[str, Any], work: Path, accelerator: str = "auto") 
         "devices": 1,
         "default_root_dir": str(work),
         "logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
-        "callbacks": [{"class_path": "taperlit.RunCheckpoint", "init_args": {"save_top_k": 0}}],  # the last alone
+        # At every validation: without a score each is the best. Lightning saves a last one only beside a best one.
+        "callbacks": [_spec("RunCheckpoint", {"monitor": None})],
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
         "enable_progress_bar": False,
