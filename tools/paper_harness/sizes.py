@@ -2,8 +2,7 @@
 
 ``nano``'s learning rate is by the baseline's validation loss at 2 tokens per parameter on ``gcide``, seed 0: 5.066 at
 1e-3, 4.614 at 2e-3, 4.404 at 4e-3, 4.339 at 8e-3, 4.866 at 16e-3. Of the two that are close it is the lower, since it
-serves runs of 20 times that length too. All-Taper +aux does not bear it in runs of 0.5 and 2 tokens per parameter, as it
-does 2e-3.
+serves runs of 20 times that length too.
 """
 
 from dataclasses import dataclass
