@@ -183,7 +183,7 @@ def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, monk
         "export": ["--to=onnx", "--model", str(path)],
     }
     run = ["--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, "--ckpt_path", str(path)]
-    for command in COMMANDS.keys() - {"bench"}:  # it makes its own
+    for command in COMMANDS.keys() - {"bench", "report"}:  # one makes its own, the other is below
         args = others.get(command, run)
         assert "evil.ckpt" in error_of(capsys, command, *args), command
     # nor does --ckpt_path last, which finds it by itself
@@ -193,6 +193,10 @@ def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, monk
     args = ["fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, *SMALL, "--ckpt_path=last"]
     args += [f"--trainer.logger.save_dir={tmp_path}/runs", "--trainer.logger.name=run"]
     assert "last.ckpt" in error_of(capsys, *args)
+    # nor a report, which reads what it can of a run
+    (checkpoints.parent / "config.yaml").write_text("model: {taper: none}\n")
+    (checkpoints.parent / "metrics.csv").write_text("step,val/loss\n1,2.0\n")
+    assert main(["report", str(checkpoints.parent)]) == 0
     # nor a job that SLURM started again, whose checkpoint Lightning looks for unasked
     (checkpoints / "last.ckpt").rename(tmp_path / "hpc_ckpt_1.ckpt")
     monkeypatch.setenv("SLURM_NTASKS", "1")

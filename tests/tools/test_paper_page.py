@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from paper_harness import __main__ as command  # noqa: E402
 from paper_harness import figures, page, records, statistics, tables  # noqa: E402
-from paper_harness.experiments import ONE_AT_A_TIME  # noqa: E402
 from paper_harness.missing import missing  # noqa: E402
 from paper_harness.records import PICK, StoredRun  # noqa: E402
 from paper_harness.runs import PAPER, Run, hash_of  # noqa: E402
@@ -414,7 +413,7 @@ def test_schedule_tells_the_other_dials_one_at_a_time():
     names = {"ema_rate": "EMA rate", "weight": "lambda"}
     wanted = [
         f"{names.get(dial, dial)} {value if isinstance(value, str) else f'{value:g}'}"
-        for dial, values in ONE_AT_A_TIME.items()
+        for dial, values in NANO.others.items()
         for value in values
         if value != PAPER[dial]
     ]

@@ -3,16 +3,16 @@
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
 from paper_harness import corpus
-from taperlit.checkpoint.atomic import write_directory
 from taperlit.errors import TaperlitError
 
-TOOLS = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # The least that goes through every part; the numbers mean nothing.
 TOY_FINETUNE = ("--steps", "6", "--batch-size", "2", "--block-size", "16", "--val-blocks", "2", "--new-tokens", "4")
 TOY_FINETUNE += ("--variants", "internal")
@@ -33,16 +33,18 @@ def finetune(size: str, out: Path, work: Path) -> None:
         TaperlitError: it failed; it has told why.
     """
     result = out.parent / "smollm2.json"
-    words = ["--out", str(out.parent)]
-    if size == "toy":
-        model = work / "random-llama"
-        if not model.exists():
-            write_directory(model, _random_llama)
-        config = work / "finetune.yaml"
-        data = {"max_tokens": TOY_TOKENS, "cache_dir": str(work / "tokens"), **corpus.place_options("embedded")}
+    words = ["tools/smollm2_run.py", "--out", str(out.parent.absolute())]
+    if size != "toy" or result.exists():
+        _once(result, words)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work.absolute()) as folder:
+        model, config = Path(folder, "random-llama"), Path(folder, "config.yaml")
+        data = {"max_tokens": TOY_TOKENS, "cache_dir": f"{folder}/tokens", **corpus.place_options("embedded")}
         config.write_text(yaml.safe_dump({**TOY_CONFIG, "data": data}))
-        words += ["--gguf", str(model), "--work", str(work / "finetune"), "--config", str(config), *TOY_FINETUNE]
-    _once(result, [str(TOOLS / "smollm2_run.py"), *words])
+        _random_llama(model)
+        words += ["--gguf", str(model), "--work", f"{folder}/runs", "--config", str(config), *TOY_FINETUNE]
+        _once(result, words)
 
 
 def decode(size: str, out: Path, work: Path) -> None:
@@ -58,7 +60,7 @@ def decode(size: str, out: Path, work: Path) -> None:
     """
     result = out.parent / "bench_decode.json"
     quick = TOY_DECODE if size == "toy" else ()
-    _once(result, ["-m", "taperlit", "bench", "decode", "--json", str(result), *quick])
+    _once(result, ["-m", "taperlit", "bench", "decode", "--json", str(result.absolute()), *quick])
 
 
 COMMANDS: dict[str, Callable[[str, Path, Path], None]] = {"finetune": finetune, "decode": decode}
@@ -70,8 +72,9 @@ def _once(result: Path, words: Sequence[str]) -> None:
         print(f"paper: {result} is there already; delete it to measure it again.", file=sys.stderr)
         return
     result.parent.mkdir(parents=True, exist_ok=True)
+    words = [word.removeprefix(f"{ROOT}/") for word in words]  # the result records them, and machines differ
     print("+", shlex.join(["python", *words]), file=sys.stderr, flush=True)
-    status = subprocess.run([sys.executable, *words], stdout=sys.stderr).returncode
+    status = subprocess.run([sys.executable, *words], stdout=sys.stderr, cwd=ROOT).returncode
     if status:
         raise TaperlitError(f"{shlex.join(words[:4])} failed with status {status}, see above.")
 
@@ -81,7 +84,7 @@ def _random_llama(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    data = corpus.data_of("embedded", 512, max_tokens=TOY_TOKENS, cache_dir=str(folder / "tokens"))
+    data = corpus.data_of("embedded", 512, max_tokens=TOY_TOKENS, cache_dir=f"{folder}-tokens")
     data.prepare_data()
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paper_harness.runs import PAPER, POLICIES, Run
+from paper_harness.runs import POLICIES, Run
 from paper_harness.sizes import SIZES
 
 FIVE = ("baseline", "internal", "internal_aux", "all", "all_aux")
@@ -79,17 +79,10 @@ def schedule(options: Options) -> list[Run]:
         found.append(options.run("baseline", seed, size.schedule_tokens, lr))
         for variant, (warmup, end) in itertools.product(variants, grid):
             found.append(options.run(variant, seed, size.schedule_tokens, lr, warmup=warmup, end=end))
-    for variant, (name, values) in itertools.product(variants, ONE_AT_A_TIME.items()):
+    for variant, (name, values) in itertools.product(variants, size.others.items()):
         found += [options.run(variant, seed, size.schedule_tokens, base, **{name: value}) for value in values]
     return found
 
-
-ONE_AT_A_TIME: dict[str, tuple[Any, ...]] = {
-    "shape": (PAPER["shape"], "linear"),
-    "ema_rate": (0.001, 0.1, 1.0),
-    "weight": (0.0, 0.01, 1.0, 10.0),
-}
-"""The paper's settings are the first run of ``shape``."""
 
 EXPERIMENTS: dict[str, Callable[[Options], list[Run]]] = {
     "pretrain": pretrain,

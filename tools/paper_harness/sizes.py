@@ -5,13 +5,17 @@
 serves runs of 20 times that length too.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from taperlit.transformer import Transformer, TransformerConfig
+
+# With the paper's own as the first shape, beside which all of them stand.
+OTHERS = {"shape": ("cosine", "linear"), "ema_rate": (0.001, 0.1, 1.0), "weight": (0.0, 0.01, 1.0, 10.0)}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Size:
         warmups: of the gate, as shares of the run, in the map of ``schedule``.
         ends: of the gate, likewise.
         lrs: learning rates of the map, as multiples of ``lr``.
+        others: what ``schedule`` changes one at a time, by its name in ``runs.PAPER``.
     """
 
     shape: dict[str, Any]
@@ -45,6 +50,7 @@ class Size:
     warmups: tuple[float, ...] = (0.02, 0.05, 0.2, 0.4)
     ends: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     lrs: tuple[float, ...] = (1.0, 4.0)
+    others: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: OTHERS)
 
     @cached_property
     def parameters(self) -> int:
@@ -97,7 +103,7 @@ SIZES = {
     "toy": Size(
         _shape(512, 64, 2, 2, 16, 32), 4, 4e-3,
         val_tokens=1 << 10, seeds=(0, 1), tokens_per_parameter=0.5, lengths=(0.25, 0.5, 1.0), schedule_tokens=0.25,
-        warmups=(0.1,), ends=(0.5, 1.0),
+        warmups=(0.1,), ends=(0.5, 1.0), others={"shape": ("cosine", "linear"), "ema_rate": (0.1,), "weight": (0.0,)},
     ),
     "nano": Size(_shape(1024, 256, 6, 4, 48, 128), 8, 4e-3),
     "micro": Size(_shape(1024, 256, 6, 4, 96, 256), 8, 3e-3),
