@@ -139,6 +139,10 @@ def _draw_losses(axis: Axes, comparison: Comparison) -> None:
         mean = mean_curve([_finite_curve(run) for run in runs if run.arrived])
         if mean:
             draw_line(axis, mean, variant)
+    seen = [loss for line in axis.lines for loss in line.get_ydata()]
+    first = [loss for run in comparison.runs if run.variant == BASELINE for _, loss in _finite_curve(run)]
+    if seen and first:  # a peak would flatten all else; what is above the axis is in the other panel
+        axis.set_ylim(0.97 * min(seen), min(1.03 * max(seen), 1.3 * max(first)))
     axis.set_title(f"loss: {comparison.setup.size}, {comparison.length:g} tokens per parameter")
     axis.set_xlabel("optimizer step")
     gate_marks(axis, comparison.runs[0].steps)
