@@ -329,7 +329,7 @@ def _lightning(
     module = LanguageModel(
         setting.preset, taper=taper, overrides=overrides, lr=SETTINGS.lr, compile=setting.backend == "compile"
     )
-    callbacks = [slot.kind(**slot.init_args) for slot in SLOTS.values() if taper in slot.tapers]
+    callbacks = [slot.kind(**slot.init_args) for slot in SLOTS.values() if slot.on and taper in slot.tapers]
     callbacks += [always.default() for always in ALWAYS if always.only is None]
     data = _Interleaved(
         [batch.cpu() for batch in bare["plain"].batches],
