@@ -44,6 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes that train at once (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each of them (default: 1)")
     parser.add_argument("--accelerator", default="auto", help="as Lightning names it (default: auto)")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile, which pays in long runs")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no run after these")
     parser.add_argument("--out", type=Path, help="folder of the results (default: docs/results/paper)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/paper", help="folder of runs under way")
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     }:
         corpus.data_of(name, vocab_size).prepare_data()  # once, before the workers would each do it
     until = None if args.budget is None else begun + 60 * args.budget
-    place = workers.Place(out, args.work, args.accelerator, args.threads, until)
+    place = workers.Place(out, args.work, args.accelerator, args.threads, args.compile, until)
     workers.do_all(together, place, args.workers)
     from paper_harness import page  # matplotlib, which nothing before needs
 

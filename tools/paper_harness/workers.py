@@ -29,6 +29,7 @@ class Place:
         work: folder of the runs under way.
         accelerator: as Lightning names it.
         threads: of each process.
+        compiled: with ``torch.compile``.
         until: ``time.time()`` from which on no run is begun; None is never.
     """
 
@@ -36,6 +37,7 @@ class Place:
     work: Path
     accelerator: str = "cpu"
     threads: int = 1
+    compiled: bool = False
     until: float | None = None
 
 
@@ -88,7 +90,7 @@ def _claimed(settings: dict[str, Any], place: Place) -> Iterator[bool]:
 
 
 def _do(settings: dict[str, Any], place: Place) -> None:
-    record = runs.train(settings, place.out, place.work, place.accelerator)
+    record = runs.train(settings, place.out, place.work, place.accelerator, place.compiled)
     result = record["result"]
     lost = result["diverged"]
     end = f"diverged at step {lost['step']}: {lost['why']}" if lost else f"val/loss {result['val'][-1][1]:.4f}"
