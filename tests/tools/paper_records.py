@@ -43,9 +43,11 @@ def record(run: Run, diverged: int | None = None, **changes: Any) -> Record:
     length = settings["tokens_per_parameter"]
     end = steps if diverged is None else diverged
     base = 3 + 2 / length**0.2 + 0.01 * seed
+    gained = 0.01 if "idea" in settings and variant != "baseline" else 0.0
 
     def loss(step: float) -> float:
-        return (base + 3 * math.exp(-6 * step / steps)) * (1 + gap(variant, length, seed) * step / steps)
+        own = gap(variant, length, seed) - gained
+        return (base + 3 * math.exp(-6 * step / steps)) * (1 + own * step / steps)
 
     def gate(step: float) -> float:
         at = min(1.0, max(0.0, (step / steps - 0.05) / 0.45))
@@ -97,7 +99,7 @@ def campaign(**options: Any) -> list[Record]:
         options: of the harness.
     """
     found: dict[str, Record] = {}
-    for name in ("pretrain", "length", "schedule"):
+    for name in ("pretrain", "length", "schedule", "ideas"):
         for run in EXPERIMENTS[name](Options(**options)):
             made = record(run, _fate(run))
             found[hash_of(made["settings"])] = made

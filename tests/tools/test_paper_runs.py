@@ -19,6 +19,7 @@ import torch
 import yaml
 from filelock import FileLock
 from torch import nn
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools"
@@ -26,10 +27,12 @@ sys.path.insert(0, str(TOOLS))
 
 from paper_harness import __main__ as command  # noqa: E402
 from paper_harness import corpus, experiments, runs, workers  # noqa: E402
+from paper_harness.ideas import IDEAS  # noqa: E402
+from paper_harness.peers import FirstEmbeddingScale  # noqa: E402
 from paper_harness.runs import Run, hash_of  # noqa: E402
 from paper_harness.sizes import SIZES  # noqa: E402
 
-from taperlit import LanguageModel  # noqa: E402
+from taperlit import LanguageModel, Trainer  # noqa: E402
 from taperlit.data.module import default_cache  # noqa: E402
 from taperlit.errors import TaperlitError  # noqa: E402
 from taperlit.transformer import Transformer, TransformerConfig  # noqa: E402
@@ -484,6 +487,41 @@ def test_what_the_experiments_ask_for():
     few = experiments.Options(seeds=(5,), variants=("all_aux",), lengths=(1.0,), lr=1e-3)
     assert [run.variant for run in experiments.pretrain(few)] == ["baseline", "all_aux"]
     assert [(run.seed, run.lr) for run in experiments.length(few)] == [(5, 1e-3)] * 2
+
+
+def test_an_idea_changes_what_it_names_and_no_baseline():
+    plain, own = (Run("nano", "gcide", "all_aux", 0, 10, idea=idea).settings() for idea in (None, "end_100"))
+    assert own.pop("idea") == "end_100"
+    assert own["config"]["taper"]["gate"]["init_args"].pop("end") == 1.0
+    assert plain["config"]["taper"]["gate"]["init_args"].pop("end") == 0.5
+    assert own == plain
+    baselines = [Run("nano", "gcide", "baseline", 0, 10, idea=idea).settings() for idea in (None, "end_100")]
+    assert baselines[0] == baselines[1]
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_every_idea_can_be_trained(idea, place):
+    settings = Run("toy", "small", "all_aux", 0, LENGTH, idea=idea).settings()
+    workers.work([settings], place)
+    assert record_of(settings, place)["settings"]["idea"] == idea
+
+
+def test_a_first_embedding_scale_is_set_once(tmp_path):
+    def fit(steps, ckpt_path=None):
+        module = LanguageModel("small_1m", taper="dyt", overrides=SIZES["toy"].shape, lr=1e-3)
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[FirstEmbeddingScale(100.0)],
+        )  # fmt: skip
+        rows = torch.randint(512, (8, 65), generator=torch.Generator().manual_seed(0))
+        trainer.fit(module, DataLoader(rows, batch_size=4), ckpt_path=ckpt_path)
+        return module.model.tok_embed.scale.item(), trainer
+
+    value, trainer = fit(1)
+    assert value == pytest.approx(100.0, abs=0.01)
+    assert value != 100.0
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert fit(1, tmp_path / "one.ckpt")[0] == value
 
 
 def test_the_command_lists_runs_and_does_them(place, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paper_harness import commands, corpus, experiments, runs, workers
+from paper_harness.ideas import IDEAS
 from paper_harness.runs import POLICIES
 from paper_harness.sizes import SIZES
 from taperlit.errors import TaperlitError
@@ -37,10 +38,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", default="nano", choices=list(SIZES), help="of the model (default: nano)")
     parser.add_argument("--corpus", default="gcide", choices=list(corpus.CORPORA), help="(default: gcide)")
     parser.add_argument("--seeds", nargs="+", type=int, help="of pretrain and length; schedule takes the first")
-    parser.add_argument("--lengths", nargs="+", type=float, help="of length, in tokens per parameter")
-    parser.add_argument("--tokens-per-parameter", type=float, help="of pretrain, gradnorm and logit_chasing")
+    parser.add_argument("--lengths", nargs="+", type=float, help="of length and ideas, in tokens per parameter")
+    parser.add_argument("--tokens-per-parameter", type=float, help="of pretrain, gradnorm, logit_chasing and ideas")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the size's)")
     parser.add_argument("--variants", nargs="+", choices=list(POLICIES), help="none but these, and the baseline")
+    parser.add_argument("--ideas", nargs="+", choices=list(IDEAS), help="of ideas (default: the size's)")
     parser.add_argument("--workers", type=int, default=2, help="processes that train at once (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each of them (default: 1)")
     parser.add_argument("--accelerator", default="auto", help="as Lightning names it (default: auto)")
@@ -74,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens_per_parameter=args.tokens_per_parameter,
         lr=args.lr,
         variants=args.variants and tuple(args.variants),
+        ideas=args.ideas and tuple(args.ideas),
     )
     chosen = [name for name in experiments.EXPERIMENTS if name in args.names]
     wanted = {name: by_hash(experiments.EXPERIMENTS[name](options)) for name in chosen}

@@ -20,10 +20,11 @@ class Options:
         size: name in ``SIZES``.
         corpus: name in ``CORPORA``.
         seeds: of ``pretrain`` and ``length``; ``schedule`` takes the first.
-        lengths: of ``length``, in tokens per parameter.
-        tokens_per_parameter: of ``pretrain`` and its views.
+        lengths: of ``length`` and ``ideas``, in tokens per parameter.
+        tokens_per_parameter: of ``pretrain`` and its views, and of ``ideas``.
         lr: peak learning rate of all runs but the map of ``schedule``, which has multiples of it.
         variants: none but these, and the baseline.
+        ideas: of ``ideas``, names in ``IDEAS``; None is the size's.
     """
 
     size: str = "nano"
@@ -33,6 +34,7 @@ class Options:
     tokens_per_parameter: float | None = None
     lr: float | None = None
     variants: tuple[str, ...] | None = None
+    ideas: tuple[str, ...] | None = None
 
     def run(self, variant: str, seed: int, length: float, lr: float | None = None, **method: Any) -> Run:
         """A run of these options."""
@@ -84,11 +86,24 @@ def schedule(options: Options) -> list[Run]:
     return found
 
 
+def ideas(options: Options) -> list[Run]:
+    """Each idea and the paper's own settings, paired by seed, at one length or several."""
+    size = SIZES[options.size]
+    lengths = options.lengths or (options.tokens_per_parameter or size.tokens_per_parameter,)
+    variants = options.pick(("baseline", "internal_aux", "all_aux"))
+    names = (None, *(size.ideas if options.ideas is None else options.ideas))
+    return [
+        Run(options.size, options.corpus, variant, seed, each, options.lr, idea=idea)
+        for seed, each, idea, variant in itertools.product(options.pick_seeds(), lengths, names, variants)
+    ]
+
+
 EXPERIMENTS: dict[str, Callable[[Options], list[Run]]] = {
     "pretrain": pretrain,
     "length": length,
     "gradnorm": views,
     "logit_chasing": views,
     "schedule": schedule,
+    "ideas": ideas,
 }
 """Those that are made of runs; see :mod:`paper_harness.commands` for the others."""

@@ -66,7 +66,8 @@ def missing(runs: Sequence[StoredRun], out: Path) -> list[Missing]:
 
 def _of_setup(runs: Iterable[StoredRun], size: str, corpus: str) -> list[Missing]:
     """The runs of the experiments of one size and corpus that are not stored."""
-    stored = {_key_of(run) for run in runs if (run.setup.size, run.setup.corpus) == (size, corpus)}
+    plain = (run for run in runs if not run.idea and (run.setup.size, run.setup.corpus) == (size, corpus))
+    stored = {_key_of(run) for run in plain}
     found = []
     for name in ("pretrain", "length", "schedule"):  # the others are views of the first
         wanted = {_key(run) for run in EXPERIMENTS[name](Options(size=size, corpus=corpus))}

@@ -6,7 +6,8 @@ from typing import Any
 
 from paper_harness.missing import dials, missing
 from paper_harness.records import PICK, Record, StoredRun, grouped, read_records, seeds_of
-from paper_harness.sections import decode, finetune, gradnorm, length, logit_chasing, pretrain, schedule
+from paper_harness.runs import EMBEDDING_SCALE
+from paper_harness.sections import decode, finetune, gradnorm, ideas, length, logit_chasing, pretrain, schedule
 from paper_harness.tables import Section, markdown, write_csv
 
 OF_RUNS = {
@@ -15,6 +16,7 @@ OF_RUNS = {
     "gradnorm": gradnorm.section,
     "logit_chasing": logit_chasing.section,
     "schedule": schedule.section,
+    "ideas": ideas.section,
 }
 NAMES = (*OF_RUNS, "finetune", "decode")
 PAPER = "arXiv:2602.10408"
@@ -135,7 +137,9 @@ def _data(runs: Sequence[StoredRun]) -> list[str]:
         "",
         f"The taper is the paper's throughout, but where `schedule` says otherwise: {dials()}. Text, size and length "
         "are not; hold signs and orders against the paper's, not digits. A seed fixes the initial weights and the "
-        "order of the data for every variant, so that gaps are of pairs.",
+        "order of the data for every variant, so that gaps are of pairs. DyT and Derf begin with a scalar of "
+        f"{EMBEDDING_SCALE:g} after the embedding, since from the authors' sqrt(d_model) they learn nothing at nano's "
+        "width.",
         "",
         *markdown(header, rows, left=3),
     ]

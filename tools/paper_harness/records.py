@@ -90,6 +90,11 @@ class StoredRun:
         return self.settings["variant"]
 
     @property
+    def idea(self) -> str:
+        """What it tries, a name in ``IDEAS``; empty of the paper's own settings."""
+        return self.settings.get("idea", "")
+
+    @property
     def seed(self) -> int:
         """Of the initial weights and the order of the data."""
         return self.settings["seed"]
@@ -103,6 +108,11 @@ class StoredRun:
     def steps(self) -> int:
         """Optimizer steps."""
         return self.settings["steps"]
+
+    @property
+    def place(self) -> tuple[str, str, float, float]:
+        """Size, corpus, learning rate and length: where an idea has its rivals."""
+        return self.settings["size"], self.settings["corpus"], float(self.settings["lr"]), self.length
 
     @cached_property
     def loss(self) -> float:
@@ -190,7 +200,7 @@ class StoredRun:
     @property
     def standard(self) -> bool:
         """Whether the taper's dials are the paper's."""
-        return self.schedule in (None, PAPERS, PAPERS._replace(weight=None))
+        return not self.idea and self.schedule in (None, PAPERS, PAPERS._replace(weight=None))
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -223,7 +233,7 @@ def without_doubles(runs: Iterable[StoredRun]) -> Picked:
     """Of runs that differ in nothing a table tells apart, the newest: they are one cell, and not each other's mean."""
     cells: dict[Any, list[StoredRun]] = defaultdict(list)
     for run in {run.key: run for run in runs}.values():
-        cells[run.setup, run.length, run.variant, run.schedule, run.seed].append(run)
+        cells[run.setup, run.length, run.variant, run.schedule, run.idea, run.seed].append(run)
     picked = Picked([], [])
     for alike in cells.values():
         *older, newest = sorted(alike, key=lambda run: (run.record.get("ran", {}).get("date") or "", run.key))
@@ -262,7 +272,7 @@ def pretrain_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     That is ten tokens per parameter, or a length where more variants ran than `length` asks for. A setup without such
     a length gives all that are not a part of `schedule`.
     """
-    every = [*runs]
+    every = [run for run in runs if not run.idea]
     tried = {(run.setup, run.length) for run in every if not run.standard}
     standard = [run for run in every if run.standard]
     chosen: list[StoredRun] = []
@@ -301,7 +311,7 @@ def schedule_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
 
     Other seeds of the paper's own dials are left to the other experiments: a cell is compared with a cell.
     """
-    every = [run for run in runs if run.schedule is not None or run.variant == BASELINE]
+    every = [run for run in runs if not run.idea and (run.schedule is not None or run.variant == BASELINE)]
     tried = {(run.setup, run.length, run.seed, run.variant) for run in every if not run.standard}
     places = {place[:3] for place in tried}
     return [
@@ -312,10 +322,18 @@ def schedule_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     ]
 
 
+def idea_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    """The runs that try something, and those at the paper's own settings beside them."""
+    every = [*runs]
+    places = {run.place for run in every if run.idea}
+    return [run for run in every if run.place in places and (run.idea or run.standard) and run.variant in FIVE]
+
+
 PICK: dict[str, Callable[[Iterable[StoredRun]], list[StoredRun]]] = {
     "pretrain": pretrain_runs,
     "length": length_runs,
     "gradnorm": five_variants,
     "logit_chasing": five_variants,
     "schedule": schedule_runs,
+    "ideas": idea_runs,
 }

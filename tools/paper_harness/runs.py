@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor, nn
 from traces import last_run, scalars
 
-from paper_harness import corpus
+from paper_harness import corpus, ideas
 from paper_harness.sizes import SIZES, Size
 from taperlit import LossTails, Trainer
 from taperlit.bench import machine
@@ -82,6 +82,7 @@ class Run:
         tokens_per_parameter: how long.
         lr: peak learning rate; None is the size's.
         method: settings in the place of some of ``PAPER``.
+        idea: name in ``IDEAS``, or None.
     """
 
     size: str
@@ -91,13 +92,21 @@ class Run:
     tokens_per_parameter: float
     lr: float | None = None
     method: dict[str, Any] = field(default_factory=dict)
+    idea: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result; see :func:`hash_of`."""
         size = SIZES[self.size]
         steps, every = size.length(self.tokens_per_parameter)
         lr = size.lr if self.lr is None else self.lr
-        scale = {"embedding_scale": EMBEDDING_SCALE} if self.variant in ("dyt", "derf") else {}
+        config = _config(size, self.corpus, self.variant, self.seed, steps, every, lr, {**PAPER, **self.method})
+        more: dict[str, Any] = {}
+        if self.variant in ("dyt", "derf"):
+            more["embedding_scale"] = EMBEDDING_SCALE
+        tapered = self.variant != "baseline"
+        if self.idea is not None and (tapered or ideas.changes_the_model(self.idea)):
+            more["idea"] = self.idea
+            config = ideas.with_idea(config, self.idea, tapered)
         return {
             "format": FORMAT,
             "size": self.size,
@@ -108,8 +117,8 @@ class Run:
             "tokens_per_parameter": float(self.tokens_per_parameter),
             "steps": steps,
             "lr": lr,
-            **scale,
-            "config": _config(size, self.corpus, self.variant, self.seed, steps, every, lr, {**PAPER, **self.method}),
+            **more,
+            "config": config,
         }
 
 

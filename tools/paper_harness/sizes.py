@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from paper_harness.ideas import IDEAS
 from taperlit.transformer import Transformer, TransformerConfig
 
 # With the paper's own as the first shape, beside which all of them stand.
@@ -35,6 +36,7 @@ class Size:
         warmups: of the gate, as shares of the run, in the map of ``schedule``.
         ends: of the gate, likewise.
         lrs: learning rates of the map, as multiples of ``lr``.
+        ideas: of ``ideas``, where none are named.
         others: what ``schedule`` changes one at a time, by its name in ``runs.PAPER``.
     """
 
@@ -50,6 +52,7 @@ class Size:
     warmups: tuple[float, ...] = (0.02, 0.05, 0.2, 0.4)
     ends: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     lrs: tuple[float, ...] = (1.0, 4.0)
+    ideas: tuple[str, ...] = tuple(IDEAS)
     others: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: OTHERS)
 
     @cached_property
@@ -103,7 +106,8 @@ SIZES = {
     "toy": Size(
         _shape(512, 64, 2, 2, 16, 32), 4, 4e-3,
         val_tokens=1 << 10, seeds=(0, 1), tokens_per_parameter=0.5, lengths=(0.25, 0.5, 1.0), schedule_tokens=0.25,
-        warmups=(0.1,), ends=(0.5, 1.0), others={"shape": ("cosine", "linear"), "ema_rate": (0.1,), "weight": (0.0,)},
+        warmups=(0.1,), ends=(0.5, 1.0), ideas=("end_80",),
+        others={"shape": ("cosine", "linear"), "ema_rate": (0.1,), "weight": (0.0,)},
     ),
     "nano": Size(_shape(1024, 256, 6, 4, 48, 128), 8, 4e-3),
     "micro": Size(_shape(1024, 256, 6, 4, 96, 256), 8, 3e-3),

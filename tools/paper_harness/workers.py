@@ -99,7 +99,8 @@ def _do(settings: dict[str, Any], place: Place) -> None:
 
 def title(settings: dict[str, Any]) -> str:
     """A run in one line."""
-    what = f"{settings['size']} {settings['corpus']} {settings['variant']} seed {settings['seed']}"
+    idea = f" {settings['idea']}" if "idea" in settings else ""
+    what = f"{settings['size']} {settings['corpus']} {settings['variant']}{idea} seed {settings['seed']}"
     return (
         f"{runs.hash_of(settings)} {what}, {settings['tokens_per_parameter']:g} tokens/parameter, lr {settings['lr']:g}"
     )
