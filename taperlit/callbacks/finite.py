@@ -141,10 +141,7 @@ class FiniteGuard(L.Callback):
             where = self._origin(trainer, pl_module, batch if in_loss else None)
             after = f" for {self._in_a_row[optimizer]} steps in a row" if self.skip else ""
             others = "" if self.skip else ", or leave such steps out: FiniteGuard(skip=True), --taper.guard.skip=true"
-            raise TaperlitError(
-                f"{what}{after}; {where}. The last good checkpoint is kept: resume it with a lower learning rate"
-                f"{others}."
-            )
+            raise TaperlitError(f"{what}{after}; {where}. {_advice(trainer)}{others}.")
         if not _is_scaled(trainer):  # the scaler wants to see the gradients, and then skips the step itself
             for parameter in parameters:
                 parameter.grad = None  # an optimizer leaves alone what has no gradient, and the other callbacks do too
@@ -176,7 +173,7 @@ class FiniteGuard(L.Callback):
         if first is not None:
             raise TaperlitError(
                 f"step {trainer.global_step}{_phase(pl_module)}: the weights of {first} are not finite, so they are "
-                "not saved. The last good checkpoint is kept: resume it with a lower learning rate."
+                f"not saved. {_advice(trainer)}."
             )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -229,6 +226,13 @@ def _any_bad(tensors: Iterable[Tensor | None], order: float = math.inf) -> Tenso
 
 def _anywhere(trainer: L.Trainer, bad: Tensor) -> bool:
     return bool(trainer.strategy.reduce(bad.float(), reduce_op="sum").item())
+
+
+def _advice(trainer: L.Trainer) -> str:
+    saved = any(callback.best_model_path or callback.last_model_path for callback in trainer.checkpoint_callbacks)
+    if saved or trainer.ckpt_path:
+        return "The last good checkpoint is kept: resume it with a lower learning rate"
+    return "No checkpoint was saved yet: begin again with a lower learning rate"
 
 
 def _phase(pl_module: nn.Module) -> str:

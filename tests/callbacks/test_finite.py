@@ -121,6 +121,21 @@ def test_skipping_without_end_stops(tmp_path):
         FiniteGuard(patience=0)
 
 
+def test_the_advice_is_to_go_on_only_from_what_there_is(tmp_path):
+    """Before the first checkpoint there is nothing to resume; a run that itself goes on has the one it came from."""
+
+    def advice(step, **options):
+        keep = RunCheckpoint(dirpath=tmp_path / "kept", monitor=None, every_n_train_steps=4)
+        with pytest.raises(TaperlitError) as error:
+            fit(tmp_path, Net("forward", step), FiniteGuard(), keep, trainer=Trainer, **options)
+        return str(error.value)
+
+    assert "No checkpoint was saved yet: begin again" in advice(3)
+    assert not (tmp_path / "kept").exists()
+    assert "The last good checkpoint is kept: resume it" in advice(7)
+    assert "The last good checkpoint is kept: resume it" in advice(6, ckpt_path=tmp_path / "kept/last.ckpt")
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     class Spoil(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):

@@ -31,7 +31,7 @@ class Spoilt(Toy):
 def test_with_the_anchor(tmp_path, at, anchor_first):
     pair = [ScaleAnchor("head"), FiniteGuard()]
     callbacks = [GateSchedule(3, 8), AlignmentFreeze(), *(pair if anchor_first else reversed(pair))]
-    with pytest.raises(TaperlitError, match=rf"^step {at + 1} .*; it began in layers\.1\.linear\. The last") as error:
+    with pytest.raises(TaperlitError, match=rf"^step {at + 1} .*; it began in layers\.1\.linear\. No check") as error:
         fit(tmp_path, Spoilt(at), *callbacks)
     assert "\n" not in str(error.value)
 
@@ -40,7 +40,7 @@ def test_the_advice_is_true_of_any_model(tmp_path):
     with pytest.raises(TaperlitError) as error:
         fit(tmp_path, Spoilt(1), FiniteGuard())
     assert str(error.value).endswith(
-        "The last good checkpoint is kept: resume it with a lower learning rate, or leave such steps out: "
+        "No checkpoint was saved yet: begin again with a lower learning rate, or leave such steps out: "
         "FiniteGuard(skip=True), --taper.guard.skip=true."
     )
     fit(tmp_path, Spoilt(1), FiniteGuard(skip=True))

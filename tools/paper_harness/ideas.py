@@ -12,6 +12,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "end_100": {"taper": {"gate": {"init_args": {"end": 1.0}}}},
     "warmup_20": {"taper": {"gate": {"init_args": {"warmup": 0.2, "end": 0.8}}}},
     "linear": {"taper": {"gate": {"init_args": {"shape": "linear"}}}},
+    "skip": {"taper": {"guard": {"init_args": {"skip": True}}}},
     "token_fit": {"taper": {"alignment": {"init_args": {"fit": "token"}}}},
 }
 
@@ -30,12 +31,13 @@ def with_idea(config: dict[str, Any], idea: str, tapered: bool) -> dict[str, Any
         tapered: the run has a taper; without one what the idea changes of it is left out.
     """
     changes = {section: own for section, own in IDEAS[idea].items() if tapered or section != "taper"}
-    return _merged(config, changes)
+    return merged(config, changes)
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = copy.deepcopy(below)
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested options, with the latter's values where both have one."""
+    made = copy.deepcopy(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else copy.deepcopy(value)
-    return merged
+        both = isinstance(value, dict) and isinstance(made.get(key), dict)
+        made[key] = merged(made[key], value) if both else copy.deepcopy(value)
+    return made

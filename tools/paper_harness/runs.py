@@ -227,7 +227,8 @@ def fit_config(
     every = math.ceil(settings["steps"] / RECORDS)
     monitor = {"every": every, "residual": "model.final_norm", "logits": "model.head"}
     guard = _spec("FiniteGuard", {"skip": False})
-    config["taper"] |= {"monitor": _spec("TaperMonitor", monitor), "guard": guard, "fold": None, "tails": None}
+    watching = {"monitor": _spec("TaperMonitor", monitor), "guard": guard, "fold": None, "tails": None}
+    config["taper"] = ideas.merged(watching, config["taper"])  # an idea may have the guard act
     return config
 
 
@@ -372,7 +373,7 @@ def _diverged(complaint: str) -> dict[str, Any]:
     found = NOT_FINITE.match(complaint)
     assert found is not None
     gate = found["gate"]
-    why = complaint[found.end("phase") + 1 :].partition(". The last good checkpoint")[0].strip()
+    why = re.split(r"\. (?:The last good|No) checkpoint", complaint[found.end("phase") + 1 :])[0].strip()
     return {"step": int(found["step"]), "gate": None if gate is None else float(gate), "why": why}
 
 
