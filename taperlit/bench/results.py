@@ -1,12 +1,11 @@
 """What was measured, as a table, as JSON and as a picture."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from taperlit.checkpoint.atomic import aside, commit, remove
+from taperlit.checkpoint.atomic import write_file
 from taperlit.errors import TaperlitError
 
 Row = dict[str, Any]
@@ -62,7 +61,7 @@ def write_json(path: str | Path, about: Mapping[str, Any], rows: Sequence[Row]) 
         TaperlitError: it cannot be written.
     """
     content = json.dumps({**about, "rows": list(rows)}, indent=1, allow_nan=False) + "\n"
-    _write(Path(path), lambda partial: partial.write_text(content))
+    write_file(Path(path), lambda partial: partial.write_text(content))
 
 
 def write_png(path: str | Path, title: str, rows: Sequence[Row], groups: Sequence[str]) -> None:
@@ -101,7 +100,7 @@ def write_png(path: str | Path, title: str, rows: Sequence[Row], groups: Sequenc
     axes.set_ylabel(f"rate / {variants[0]}" if variants else "ratio")
     axes.set_title(title)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    _write(Path(path), lambda partial: figure.savefig(partial, format="png", dpi=120))
+    write_file(Path(path), lambda partial: figure.savefig(partial, format="png", dpi=120))
     pyplot.close(figure)
 
 
@@ -127,14 +126,3 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
-
-
-def _write(path: Path, fill: Any) -> None:
-    partial = aside(path, f"{os.getpid()}.partial")
-    try:
-        fill(partial)
-        commit(partial, path)
-    except OSError as error:
-        raise TaperlitError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        remove(partial)

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
+
+from taperlit.checkpoint.atomic import aside_of_this_process, commit, remove
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -22,13 +24,14 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str | None = None) -> None:
         super().__init__(write_interval="batch")
         self.path = path
+        self._file: TextIO | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the file beside its place."""
         path = Path(self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
         self._target = path.with_name(path.name + f".{trainer.global_rank}") if trainer.global_rank else path
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(f"{self._target}.partial", "w")  # noqa: SIM115 (closed when predict ends)
+        self._file = open(aside_of_this_process(self._target), "w")  # noqa: SIM115 (closed when predict ends)
 
     def write_on_batch_end(
         self,
@@ -42,11 +45,18 @@ class PredictionWriter(BasePredictionWriter):
         """Append a line per block of the batch; padding is left out."""
         for logprobs, block in zip(prediction.tolist(), batch[:, 1:].tolist(), strict=True):
             counted = [value for value, token in zip(logprobs, block, strict=True) if token != -100]
-            if counted:
+            if counted and self._file is not None:
                 self._file.write(json.dumps({"loss": -sum(counted) / len(counted), "logprobs": counted}) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the whole file its name."""
+        assert self._file is not None
         self._file.close()
-        Path(self._file.name).replace(self._target)
+        commit(Path(self._file.name), self._target)
         print(f"wrote {self._target}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no part of a file behind."""
+        if self._file is not None:
+            self._file.close()
+            remove(Path(self._file.name))

@@ -1,7 +1,9 @@
 """Files and directories that appear whole or not at all, and never cost what was there before."""
 
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,30 @@ from taperlit.errors import TaperlitError
 def aside(path: Path, kind: str) -> Path:
     """A hidden name beside a path."""
     return path.with_name(f".{path.name}.{kind}")
+
+
+def aside_of_this_process(path: Path) -> Path:
+    """A hidden name beside a path that no other process takes; what killed processes left under theirs is removed.
+
+    The name has the machine's, since processes of another one that shares the disk cannot be asked after.
+    """
+    host = socket.gethostname()
+    start = f".{path.name}.{host}."
+    for left in path.parent.glob(f"{glob.escape(start)}*.partial"):
+        number = left.name.removeprefix(start).removesuffix(".partial")
+        if number.isdigit() and int(number) != os.getpid() and not _runs(int(number)):
+            remove(left)
+    return aside(path, f"{host}.{os.getpid()}.partial")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def remove(path: Path) -> None:
@@ -69,6 +95,27 @@ def recover(target: Path) -> None:
         old.rename(target)
 
 
+def write_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Write a file aside, sync it, and rename it into place, where it takes the place of one that is there.
+
+    Args:
+        path: of the file, in a directory that exists.
+        fill: writes to the path that it is given.
+
+    Raises:
+        TaperlitError: the disk refuses; what was at ``path`` stays.
+    """
+    try:
+        partial = aside_of_this_process(path)
+        try:
+            fill(partial)
+            commit(partial, path)
+        finally:
+            remove(partial)
+    except OSError as error:
+        raise TaperlitError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
 def write_directory(directory: Path, fill: Callable[[Path], None], force: bool = False) -> Path:
     """Fill a directory aside, sync it, and rename it into place.
 
@@ -80,7 +127,7 @@ def write_directory(directory: Path, fill: Callable[[Path], None], force: bool =
         raise TaperlitError(f"{directory} exists; name another directory or pass --force.")
     if directory.exists() and not directory.is_dir():
         raise TaperlitError(f"{directory} is a file; name a directory.")
-    partial = aside(directory, f"{os.getpid()}.partial")
+    partial = aside_of_this_process(directory)
     try:
         partial.mkdir(parents=True)
         fill(partial)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 
-from taperlit.checkpoint.atomic import aside, commit
+from taperlit.checkpoint.atomic import write_file
 from taperlit.checkpoint.folded import load_model
 from taperlit.cli.options import Texts
 from taperlit.data.tokenizer import end_of_text_id
@@ -109,7 +109,8 @@ def generate(
         raise TaperlitError("nobody reads the standard output any more.") from error
     seconds = time.perf_counter() - start
     if out is not None:
-        _write_lines(Path(out), [json.dumps(job.record(), ensure_ascii=False) for job in jobs])
+        lines = "".join(f"{json.dumps(job.record(), ensure_ascii=False)}\n" for job in jobs)
+        write_file(Path(out), lambda partial: partial.write_text(lines, encoding="utf-8"))
     if full := [name for name, job in zip(names, jobs, strict=True) if job.ended == "context"]:
         which = "" if len(jobs) == 1 else f" with the texts of {', '.join(full).lower()}"
         _tell(f"the model's context of {config.block_size} tokens is full{which}")
@@ -285,15 +286,3 @@ def _check_writable(path: Path) -> None:
         raise TaperlitError(f"{path} cannot be written: {error.strerror or error}.") from error
     if not os.access(path.parent, os.W_OK):
         raise TaperlitError(f"{path} cannot be written: its folder is read-only.")
-
-
-def _write_lines(path: Path, lines: list[str]) -> None:
-    """Write a file aside, and give it its name when it is whole."""
-    partial = aside(path, f"{os.getpid()}.partial")
-    try:
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        commit(partial, path)
-    except OSError as error:
-        raise TaperlitError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """``taperlit fit``, ``validate``, ``test`` and ``predict``: LightningCLI over our model and data."""
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from taperlit.callbacks.predictions import PredictionWriter
+from taperlit.cli.claim import claimed_folder
 from taperlit.cli.options import OneLineErrors
 from taperlit.cli.resume import KEYWORDS, check, find_last, look_into
 from taperlit.cli.slots import SLOTS, add_slots, settle
 from taperlit.data import TextDataModule
 from taperlit.errors import TaperlitError, Terminated
-from taperlit.training.lightning_compat import CLI, model_options, slurm_checkpoint
+from taperlit.training.lightning_compat import CLI, given_name, model_options, slurm_checkpoint
 from taperlit.training.module import LanguageModel
 from taperlit.training.trainer import Trainer
 
@@ -58,6 +60,10 @@ def plain_options(parser: LightningArgumentParser, config: Any) -> dict[str, Any
 
 class TaperlitCLI(CLI):
     """LightningCLI over ``LanguageModel`` and ``TextDataModule`` with the run's callbacks in named slots."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as self._held:  # until the command has run
+            super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options ``--taper.*``."""
@@ -113,6 +119,8 @@ class TaperlitCLI(CLI):
             options.ckpt_path = slurm_checkpoint(trainer)
         if keyword == "best" or (keyword == "hpc" and options.ckpt_path is None):
             raise TaperlitError(f"--ckpt_path {keyword}: this config's runs have none; name the file.")
+        if command == "fit":
+            self._held.enter_context(claimed_folder(trainer))
         if options.ckpt_path is not None:
             self._check_checkpoint(options.ckpt_path)
             _write_beside(options.ckpt_path, config)
@@ -142,6 +150,9 @@ def _loggers(given: Any, root: str) -> list[Logger]:
 def _refuse_names_outside(trainer: L.Trainer) -> None:
     """Names in a config name things in the output folder; only a folder's own option may say where that is."""
     names = {f"the logger's name {logger.name!r}": logger.name for logger in trainer.loggers if logger.name}
+    for name, logger in itertools.product(("version", "sub_dir"), trainer.loggers):
+        if isinstance(given := given_name(logger, name), str):
+            names[f"the logger's {name} {given!r}"] = given
     names |= {f"the checkpoint's name {c.filename!r}": c.filename for c in trainer.checkpoint_callbacks if c.filename}
     for what, name in names.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:

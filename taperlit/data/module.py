@@ -5,30 +5,63 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
-from taperlit.checkpoint.atomic import write_directory
+from taperlit.checkpoint.atomic import aside, write_directory
 from taperlit.data.loader import BlockSampler, ResumableLoader
 from taperlit.data.sources import Piece, describe_files, expand_globs, python_files, read_files, read_hub
 from taperlit.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
-from taperlit.data.tokens import SPLITS, TokenBlocks, split_of, write_tokens
+from taperlit.data.tokens import SPLITS, TokenBlocks, check_tokens, read_meta, split_of, write_tokens
 from taperlit.distributed import data_rank
 from taperlit.errors import TaperlitError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+CHECKED_ALWAYS = 1 << 28  # bytes of tokens, a fraction of a second; where a run goes on, any number is checked
 
 
 def default_cache() -> Path:
     """``$TAPERLIT_CACHE``, or ``taperlit`` in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("TAPERLIT_CACHE") or f"{base}/taperlit").expanduser()
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process prepares the cache; the system gives a dead one's lock back."""
+    name = aside(path, "lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            rank_zero_info(f"Waiting for another process that prepares the token cache {path}.")
+            lock.acquire()
+    except OSError as error:
+        raise TaperlitError(f"{path} cannot be written: {error.strerror or error}.") from error
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)  # who waits for it looks for the cache next
+        lock.release()
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise TaperlitError(f"The token cache {path} is damaged ({error}); delete it.") from error
 
 
 class TextDataModule(L.LightningDataModule):
@@ -155,10 +188,22 @@ class TextDataModule(L.LightningDataModule):
         return root / hashlib.sha256(key.encode()).hexdigest()[:24]
 
     def prepare_data(self) -> None:
-        """Train or load the tokenizer and write the tokens, unless they are cached."""
+        """Train or load the tokenizer and write the tokens, unless they are cached; compare them with their checksums.
+
+        Of several runs that want the same tokens at once, one prepares them. A cache of over 256 MiB is compared only
+        where a run goes on from a checkpoint.
+
+        Raises:
+            TaperlitError: no documents, files that cannot be read or written, or a damaged cache.
+        """
         path = self.cache_path()
         if not path.exists():
-            write_directory(path, self._fill)
+            with _one_at_a_time(path):
+                if not path.exists():
+                    write_directory(path, self._fill)
+        resumes = self.trainer is not None and self.trainer.ckpt_path is not None
+        with _damage_told(path):
+            check_tokens(path, at_most=None if resumes else CHECKED_ALWAYS)
 
     def _fill(self, directory: Path) -> None:
         h = self.hparams
@@ -182,15 +227,11 @@ class TextDataModule(L.LightningDataModule):
             TaperlitError: a damaged cache, or too few tokens for one batch of either split.
         """
         path = self.cache_path()
-        try:
-            self._meta = json.loads((path / "meta.json").read_text())
+        with _damage_told(path):
+            self._meta = read_meta(path)
             self.tokenizer_json = (path / "tokenizer.json").read_text()
             for split in SPLITS:
                 self._blocks[split] = TokenBlocks(path / f"{split}.bin", self._meta["dtype"], self.block_size)
-                if len(self._blocks[split].tokens) != self._meta["tokens"][split]:
-                    raise ValueError(f"{split}.bin is truncated")
-        except (OSError, ValueError, KeyError) as error:
-            raise TaperlitError(f"The token cache {path} is damaged ({error}); delete it.") from error
         if not len(self._blocks["val"]):
             raise TaperlitError(
                 f"The validation split has {self._meta['tokens']['val']} tokens, less than one block of "

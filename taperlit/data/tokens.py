@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from taperlit.checkpoint.checksum import CHECKSUMS, checksum, checksum_of
 from taperlit.data.sources import Piece
 from taperlit.data.tokenizer import end_of_text_id
 
@@ -45,19 +47,20 @@ def write_tokens(
     Memory is bounded by the batch, whatever the corpus.
 
     Args:
-        directory: written into, with a ``meta.json``.
+        directory: written into, with a ``meta.json``; the tokenizer's ``tokenizer.json`` is there.
         pieces: the documents.
         tokenizer: encodes them.
         val_fraction: share of the documents that goes to ``val.bin``.
         max_tokens: stop after the document that reaches this many; None takes all.
 
     Returns:
-        What ``meta.json`` holds: counts, dtype, and a hash of all tokens.
+        What ``meta.json`` holds: counts, dtype, a hash of all tokens, and the checksums of all files.
     """
     dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
     end = end_of_text_id(tokenizer)
     hasher = hashlib.blake2b(digest_size=16)
     tokens, documents = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    sums = dict.fromkeys(SPLITS, 0)
     with (
         open(directory / "train.bin", "wb") as train,
         open(directory / "val.bin", "wb") as val,
@@ -71,15 +74,58 @@ def write_tokens(
                 ids = encoding.ids + [end] * piece.last
                 data = np.array(ids, dtype=dtype).tobytes()
                 hasher.update(data)
+                sums[split] = zlib.crc32(data, sums[split])
                 files[split].write(data)
                 tokens[split] += len(ids)
                 documents[split] += piece.last
                 bar.update(len(ids))
             if max_tokens is not None and sum(tokens.values()) >= max_tokens:
                 break
-    meta = {"dtype": dtype.str, "tokens": tokens, "documents": documents, "corpus": hasher.hexdigest()}
+    meta: dict = {"dtype": dtype.str, "tokens": tokens, "documents": documents, "corpus": hasher.hexdigest()}
+    own = {f"{split}.bin": value for split, value in sums.items()}
+    own["tokenizer.json"] = checksum(directory / "tokenizer.json")
+    meta[CHECKSUMS] = {**own, "meta.json": checksum_of(meta)}
     (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
+
+
+def read_meta(directory: Path) -> dict:
+    """What :func:`write_tokens` returned, once the sizes of the token files are known to be those of its counts.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: something is not as it was written, named.
+    """
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        if meta[CHECKSUMS]["meta.json"] != checksum_of(meta):
+            raise ValueError("meta.json is not as it was written")
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError("meta.json is not as it was written") from error
+    for split in SPLITS:
+        if (directory / f"{split}.bin").stat().st_size != meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize:
+            raise ValueError(f"{split}.bin is truncated")
+    return meta
+
+
+def check_tokens(directory: Path, at_most: int | None = None) -> None:
+    """Compare every byte of a cache with its checksum.
+
+    Args:
+        directory: that :func:`write_tokens` filled.
+        at_most: leave it at the files' sizes where the tokens take more bytes than this.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: something is not as it was written, named.
+    """
+    meta = read_meta(directory)
+    names = [name for name in meta[CHECKSUMS] if name != "meta.json"]
+    if at_most is not None and sum((directory / name).stat().st_size for name in names) > at_most:
+        return
+    for name in names:
+        if checksum(directory / name) != meta[CHECKSUMS][name]:
+            raise ValueError(f"{name} is not as it was written")
 
 
 class TokenBlocks(Dataset):

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 import taperlit
-from taperlit.checkpoint.atomic import aside, commit
+from taperlit.checkpoint.atomic import write_file
 from taperlit.errors import TaperlitError
 from taperlit.report.markup import el, html
 from taperlit.report.parts import Parts, Wish
@@ -81,14 +81,7 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         TaperlitError: it cannot be written.
     """
-    partial = aside(path, f"{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        commit(partial, path)
-    except OSError as error:
-        raise TaperlitError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _is_report(path: Path) -> bool:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import _update_n
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.plugins.precision import Precision
 from tqdm import tqdm
@@ -207,7 +207,15 @@ def begins_a_new_version(logger: Logger) -> bool:
     return getattr(logger, "_version", "") is None
 
 
-def continue_version(logger: TensorBoardLogger, version: int) -> None:
+def given_name(logger: Logger, name: str) -> object:
+    """What a logger was given as ``version`` or ``sub_dir``; None where it has no such part or was given none.
+
+    ``_version``, ``_sub_dir``: the public ``version`` would pick a number.
+    """
+    return getattr(logger, f"_{name}", None)
+
+
+def continue_version(logger: TensorBoardLogger | CSVLogger, version: int) -> None:
     """Let the logger go on in the folder ``version_<version>``.
 
     ``_version``: it can only be given to the constructor, and the logger is there before the checkpoint is found.

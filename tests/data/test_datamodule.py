@@ -2,6 +2,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
+import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from taperlit.data import TextDataModule
+from taperlit.data import module as data_module
 from taperlit.data.loader import BlockSampler, ResumableLoader
+from taperlit.data.sources import Piece
 from taperlit.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
-from taperlit.data.tokens import TokenBlocks, split_of
+from taperlit.data.tokens import TokenBlocks, check_tokens, split_of, write_tokens
 from taperlit.errors import TaperlitError
 
 
@@ -110,12 +116,106 @@ def test_no_documents_are_told(tmp_path):
     assert not (tmp_path / "cache").exists() or not os.listdir(tmp_path / "cache")
 
 
-def test_a_damaged_cache_is_told(corpus):
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        del content[-100:]
+    elif how == "flipped":
+        content[len(content) // 2] ^= 1
+    elif how == "zeroed":
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("how", ["truncated", "flipped", "zeroed", "gone"])
+def test_a_damaged_cache_is_told_and_the_advice_works(corpus, name, how):
+    path = build(corpus).cache_path()
+    if how == "gone":
+        (path / name).unlink()
+    else:
+        damage(path / name, how)
+    with pytest.raises(TaperlitError, match=rf"token cache .* is damaged \(.*{name}.*\); delete it") as error:
+        build(corpus)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(path)
+    build(corpus)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_whatever_becomes_of_a_caches_description_is_told(tmp_path_factory, data):
+    """One value of meta.json is another, its checksum included."""
+    directory = tmp_path_factory.mktemp("cache")
+    tokenizer = train_tokenizer(iter(["abc abd"]), 257)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str())
+    pieces = [Piece(f"abc {i}", os.urandom(8), last=True) for i in range(20)]
+    meta = write_tokens(directory, pieces, tokenizer, 0.5, None)
+    check_tokens(directory)
+    odd = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
+    within = data.draw(st.sampled_from([meta, meta["tokens"], meta["checksums"]]))
+    key = data.draw(st.sampled_from(sorted(within)))
+    before = within[key]
+    within[key] = data.draw(odd.filter(lambda value: value != before or type(value) is not type(before)))
+    (directory / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="is not as it was written"):
+        check_tokens(directory)
+
+
+def test_a_large_cache_is_compared_where_a_run_goes_on(corpus, monkeypatch):
     data = build(corpus)
-    path = data.cache_path() / "train.bin"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(TaperlitError, match=r"token cache .* is damaged \(train.bin is truncated\); delete it"):
-        data.setup("fit")
+    monkeypatch.setattr(data_module, "CHECKED_ALWAYS", 10)
+    damage(data.cache_path() / "train.bin", "flipped")
+    again = build(corpus)  # begins, and is trusted
+    again.trainer = SimpleNamespace(ckpt_path="last.ckpt")
+    with pytest.raises(TaperlitError, match=r"train\.bin is not as it was written"):
+        again.prepare_data()
+
+
+def _prepare(corpus, barrier, times):
+    times.put(os.getpid())
+    real = data_module.write_tokens
+
+    def slow(*args):
+        times.put("prepared")
+        time.sleep(0.5)
+        return real(*args)
+
+    data_module.write_tokens = slow
+    barrier.wait()
+    build(corpus)
+
+
+def test_of_two_that_want_the_same_tokens_one_prepares_them(corpus):
+    context = multiprocessing.get_context("fork")
+    barrier, told = context.Barrier(2), context.Queue()
+    both = [context.Process(target=_prepare, args=(corpus, barrier, told)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sorted(isinstance(told.get(), str) for _ in range(3)) == [False, False, True]
+    assert told.empty()
+    root = build(corpus).cache_path().parent
+    assert [name for name in os.listdir(root) if name.startswith(".")] == []
+
+
+def _die_half_way(corpus):
+    data_module.write_tokens = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    build(corpus)
+
+
+def test_what_a_killed_one_left_is_removed_by_the_next(corpus):
+    process = multiprocessing.get_context("fork").Process(target=_die_half_way, args=(corpus,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    path = TextDataModule(files=str(corpus / "*"), vocab_size=300, val_fraction=0.2).cache_path()
+    assert any(name.endswith(".partial") for name in os.listdir(path.parent))
+    assert not path.exists()
+    assert build(corpus).cache_path() == path
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(corpus, tmp_path):
