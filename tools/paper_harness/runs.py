@@ -302,6 +302,7 @@ def train(
 def _fit(path: Path) -> TaperlitCLI:
     """What ``taperlit fit --config path --ckpt_path last`` does; with what it made."""
     torch.set_float32_matmul_precision("high")
+    torch.compiler.reset()  # of the runs before in this process, whose graphs count toward dynamo's limit
     argv, sys.argv = sys.argv, ["taperlit", "fit", "--config", str(path), "--ckpt_path", "last"]
     try:
         return build_cli()
