@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from taperlit.autograd import only_backward
 from taperlit.errors import TaperlitError
+from taperlit.schedule import gate_at
 
 
 class Phase(enum.Enum):
@@ -62,16 +63,34 @@ class GatePlan:
     """What the parts of a run that move a gate have announced to each other; plain Python, saved nowhere.
 
     Args:
-        warmup: the last optimizer step at ``g = 1``, once a schedule has said so.
-        end: the first optimizer step at ``g = 0``, likewise.
+        warmup: the last optimizer step at ``g = 1``, once a schedule has said so. It may rise by one in every step that
+            reaches it, where the schedule waits for something; it is never lowered.
+        end: the first optimizer step at ``g = 0``, likewise, if nobody delays it.
         alignment: somebody will freeze the alignment scalars when the warm-up ends.
         first: somebody will take the share of the first position's own scalar to 0.
+        shape: of the way from 1 to 0, see :func:`taperlit.schedule.gate_at`.
+        delay: by how many steps the schedule's clock is behind the optimizer's; from the first step below 1 on.
+        latest: the optimizer step from which ``g = 0`` whatever happens, where somebody may delay it.
     """
 
     warmup: int | None = None
     end: int | None = None
     alignment: bool = False
     first: bool = False
+    shape: str = "cosine"
+    delay: int = 0
+    latest: int | None = None
+
+    @property
+    def closed_by(self) -> int | None:
+        """The step from which the gate is at 0 at the latest; None where no schedule has said so."""
+        return self.end if self.end is None or self.latest is None else max(self.end, self.latest)
+
+    def gate(self, step: int) -> float:
+        """The gate that the schedule plans for an optimizer step, counted from 1; 1 where there is no schedule."""
+        if self.warmup is None or self.end is None:
+            return 1.0
+        return gate_at(step - self.delay, self.warmup, self.end, self.shape)
 
 
 def call_me(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -124,6 +143,24 @@ class _Number:
         return None if tensor.is_inference() else (id(tensor), tensor._version)
 
 
+Stage = tuple[float, float]
+"""``(high, low)``: a norm's own gate is 1 while the global gate is ``high`` or more, and 0 from ``low`` on."""
+
+
+def at_stage(g: float, stage: Stage | None) -> float:
+    """A norm's own gate at the global gate ``g``: ``(g - low) / (high - low)`` within [0, 1]; None is ``g`` itself."""
+    if stage is None:
+        return g
+    high, low = stage
+    return min(1.0, max(0.0, (g - low) / (high - low)))
+
+
+def _phase_of(g: float, s: float) -> Phase:
+    if g:
+        return Phase.NORMALIZE if g == 1.0 else Phase.BLEND
+    return Phase.LINEAR_FIRST if s else Phase.LINEAR
+
+
 class Gate(Float32State):
     """The global gate ``g`` in [0, 1], shared by every TaperNorm of a model.
 
@@ -143,6 +180,7 @@ class Gate(Float32State):
         self._phase = Phase.NORMALIZE
         self._g, self._s = _Number(), _Number()
         self._known = (1.0, 0.0)  # g and s that the phase follows from
+        self._stages: dict[Stage, Phase] = {}  # of the norms that have a gate of their own between two values of g
         self.register_forward_pre_hook(call_me)
 
     @property
@@ -165,8 +203,25 @@ class Gate(Float32State):
     def _follow(self, known: tuple[float, float]) -> None:
         self._known = known
         g, s = known
-        open_, closed = (Phase.NORMALIZE if g == 1.0 else Phase.BLEND), (Phase.LINEAR_FIRST if s else Phase.LINEAR)
-        self._phase = open_ if g else closed
+        self._phase = _phase_of(g, s)
+        for stage in self._stages:
+            self._stages[stage] = _phase_of(at_stage(g, stage), s)
+
+    def number(self) -> float:
+        """The gate as a Python number; as with ``phase``, it waits for no device that has not changed it."""
+        _ = self.phase  # which looks
+        return self._known[0]
+
+    def add_stage(self, stage: "Stage") -> None:
+        """Have a phase for the norms of this stage, which follows the gate as ``phase`` does."""
+        g, s = self._known
+        self._stages[stage] = _phase_of(at_stage(g, stage), s)
+
+    def phase_at(self, stage: "Stage") -> Phase:
+        """The phase of the norms of a stage that was added."""
+        if not torch.compiler.is_compiling():
+            _ = self.phase  # which looks
+        return self._stages[stage]
 
     def refresh(self) -> None:
         """Read the values and let the phase follow; waits for the device."""
@@ -356,13 +411,18 @@ class TaperNorm(Float32State):
         first_alignment_ema: as ``alignment_ema``, over position 0 alone, which that one then leaves out.
         first_pending: as ``pending``, likewise.
         label: the norm's name in its model, for errors; empty where nobody has said it.
+        stage: (2,) float32 ``high`` and ``low`` of the norm's own gate (:meth:`set_stage`); None is the global gate.
+        tracks: go on gathering the alignment statistics while ``0 < g < 1``; not saved.
         frozen: 0-d float32: 1 once :meth:`freeze` has run, else 0. (Averages of weights take no booleans.)
+        peak: None, or 0-d float32: where somebody has put a tensor here, the largest that one token's scale was in
+            training, relative to the mean of its micro-batch, since the tensor was last zeroed. Plain, as ``pending``.
         pending: (3,) float32 sums over the micro-batches since the last update. A plain tensor, not a buffer: DDP
             copies rank 0's buffers over the other ranks' before every forward, which would lose their statistics.
     """
 
     float32_state = (
         "alignment", "alignment_ema", "frozen", "pending", "first_alignment", "first_alignment_ema", "first_pending",
+        "peak", "stage",
     )  # fmt: skip
     taper_weight: nn.Parameter | None
     taper_bias: nn.Parameter | None
@@ -373,8 +433,12 @@ class TaperNorm(Float32State):
     first_alignment: Tensor | None
     first_alignment_ema: Tensor | None
     first_pending: Tensor | None = None
+    peak: Tensor | None = None
+    stage: Tensor | None
     alignment_fit = AlignmentFit()
     label = ""
+    tracks = False
+    _stage: Stage | None = None  # the same as Python numbers
 
     def _init_taper(self, kind: NormKind, gate: Gate | None, device: torch.device | None = None) -> None:
         weight, bias = self.own("weight"), self.own("bias")
@@ -389,6 +453,7 @@ class TaperNorm(Float32State):
         self.register_buffer("frozen", torch.zeros((), dtype=torch.float32, device=device))
         self.register_buffer("first_alignment", None)
         self.register_buffer("first_alignment_ema", None)
+        self.register_buffer("stage", None)
         self.pending = torch.zeros(3, dtype=torch.float32, device=device)
         # A child of owner and borrowers alike, so that torch.compile makes one graph for both.
         self.gate = Gate(device).train(self.training) if gate is None else gate
@@ -413,8 +478,55 @@ class TaperNorm(Float32State):
     def borrow(self, gate: Gate) -> None:
         """Use another norm's gate."""
         self.gate, self.owns_gate = gate, False
+        if self._stage is not None:
+            gate.add_stage(self._stage)
         if self.first_alignment is not None or gate.first is not None:
             self.separate_first()
+
+    def set_stage(self, stage: Stage | None) -> None:
+        """Give the norm a gate of its own, which is saved with it, or the global one again.
+
+        With ``(high, low)`` it is 1 while the global gate ``g`` is ``high`` or more, 0 from ``low`` on, and
+        ``(g - low) / (high - low)`` between them: the global gate's shape on a part of its way. At ``g = 1`` and
+        ``g = 0`` all norms are as without stages.
+
+        Args:
+            stage: ``high`` and ``low``, rounded to float32; None is the global gate, as ``(1, 0)``.
+
+        Raises:
+            TaperlitError: not ``0 <= low < high <= 1``.
+        """
+        if stage is not None and not 0 <= stage[1] < stage[0] <= 1:
+            raise TaperlitError(f"The stage (high, low) is {stage}; it must be 0 <= low < high <= 1.")
+        device = self.alignment.device
+        self.stage = None if stage is None else torch.tensor(stage, dtype=torch.float32, device=device)
+        self._read_stage()
+
+    def _read_stage(self) -> None:
+        if self.stage is None:
+            self._stage = None
+        elif not self.stage.is_meta:
+            high, low = self.stage.tolist()
+            self._stage = (high, low)
+            self.gate.add_stage(self._stage)
+
+    @property
+    def phase(self) -> Phase:
+        """What the norm computes now: the gate's phase, or that of its own gate where it has a stage."""
+        gate = cast(Gate, self._modules["gate"])  # past nn.Module's slower look-up
+        return gate.phase if self._stage is None else gate.phase_at(self._stage)
+
+    @property
+    def own_gate(self) -> Tensor:
+        """The gate in use, 0-d float32: the global one, or the norm's own where it has a stage."""
+        if self._stage is None or self.stage is None:
+            return self.gate.value
+        high, low = self.stage
+        return ((self.gate.value - low) / (high - low)).clamp(0.0, 1.0)
+
+    def own_gate_at(self, g: float) -> float:
+        """The same as a Python number, were the global gate ``g``."""
+        return at_stage(g, self._stage)
 
     @torch.no_grad()
     def separate_first(self) -> None:
@@ -482,19 +594,21 @@ class TaperNorm(Float32State):
         if x.is_nested:
             parts = [self.forward(part[None])[0] for part in x.unbind()]  # of a sequence each
             return torch.nested.as_nested_tensor(parts, layout=x.layout)
-        phase = cast(Gate, self._modules["gate"]).phase  # past nn.Module's slower look-up
+        phase = self.phase
         if phase is Phase.LINEAR:
             y = self._linear(x, self.alignment)
         elif phase is Phase.LINEAR_FIRST:
             y = self._linear(x, self._scalars(x))
         else:
             fast = self._fast_blend(x) if phase is Phase.BLEND else None
-            y = super().forward(x) if fast is None else fast
+            normed = y = super().forward(x) if fast is None else fast
             if phase is Phase.BLEND and fast is None:
-                y = self._blend(x, y)
-            elif phase is Phase.NORMALIZE and self.training and torch.is_grad_enabled():
-                self._record(x, y)
+                y = self._blend(x, normed)
+            if (phase is Phase.NORMALIZE or self.tracks) and self.training and torch.is_grad_enabled():
+                self._record(x, None if fast is not None else normed)
         if self.training and torch.is_grad_enabled():
+            if self.peak is not None:
+                self._record_peak(x)
             idle = [p for p in self.idle_parameters() if p.requires_grad]
             if idle:
                 y = cast(Tensor, _HoldIdle.apply(y, *idle))  # type: ignore[no-untyped-call]
@@ -506,7 +620,7 @@ class TaperNorm(Float32State):
         Their gradient is zero, not None, so that DDP and FSDP see one fixed set. Set it to None before the optimizer
         steps (``GateSchedule`` does) and they get no decay and no moments either.
         """
-        phase = self.gate.phase
+        phase = self.phase
         names: tuple[str, ...] = ()
         if phase is Phase.NORMALIZE:
             names = ("taper_weight", "taper_bias")
@@ -568,7 +682,7 @@ class TaperNorm(Float32State):
             scaled = scaled * self._gain(self.taper_weight)
         if self.taper_bias is not None:
             scaled = scaled + self.taper_bias
-        return torch.lerp(scaled.to(dtype), normed.to(dtype), self.gate.value.to(dtype)).to(x.dtype)
+        return torch.lerp(scaled.to(dtype), normed.to(dtype), self.own_gate.to(dtype)).to(x.dtype)
 
     def _fast_blend(self, x: Tensor) -> Tensor | None:
         """The same in one step, for torch's own norms while they train in eager mode; None elsewhere."""
@@ -582,7 +696,7 @@ class TaperNorm(Float32State):
         if not only_backward(x, weight, bias, self.taper_weight, self.taper_bias):
             return None
         dtype = torch.promote_types(x.dtype, torch.float32)
-        g = self.gate.value.to(dtype)
+        g = self.own_gate.to(dtype)
         rest = 1 - g
         size = math.prod(self.kind.shape)
         scalars = self._scalars(x)
@@ -604,17 +718,17 @@ class TaperNorm(Float32State):
         return y if self.taper_bias is None else y + self.taper_bias.to(x.dtype)
 
     @torch.no_grad()
-    def _record(self, x: Tensor, y: Tensor) -> None:
+    def _record(self, x: Tensor, y: Tensor | None) -> None:
         """Add this micro-batch's means over tokens of ``w / r(h)`` and ``w`` to ``pending``, and so for position 0.
 
-        ``y`` is the norm's output: without a bias it is ``h D / r``, and need not be made again.
+        ``y`` is the norm's output, where there is one: without a bias it is ``h D / r``, and need not be made again.
         """
         if x.numel() == 0:
             return
         h = self._centre(x.detach().float())
         r = self._denominator(h)
         weight = self.own("weight")
-        if self.own("bias") is None and y.dtype == torch.float32:
+        if y is not None and self.own("bias") is None and y.dtype == torch.float32:
             scaled_norm = torch.linalg.vector_norm(y.detach(), dim=self._dims, keepdim=True) * r
         else:
             scaled = h if weight is None else h * self._gain(weight).float()
@@ -629,6 +743,18 @@ class TaperNorm(Float32State):
         if skip:
             ratio, w = ratio[:, skip:], w[:, skip:]
         self._add(self.pending, ratio, w)
+
+    @torch.no_grad()
+    def _record_peak(self, x: Tensor) -> None:
+        """Raise ``peak`` to the largest of the tokens' scales over their mean; NaN where one is not finite."""
+        if x.numel() == 0:
+            return
+        h = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        scale = h.var(self._dims, correction=0).sqrt() if self.centred else torch.linalg.vector_norm(h, dim=self._dims)
+        peak = cast(Tensor, self.peak)
+        mean = scale.mean().clamp(min=torch.finfo(torch.float32).tiny)  # all tokens may be zero
+        # A maximum, so that a checkpointed block that runs forward again changes nothing.
+        peak.copy_(torch.maximum(peak, (scale.amax() / mean).to(peak.dtype)))
 
     @staticmethod
     def _add(pending: Tensor, ratio: Tensor, w: Tensor) -> None:
@@ -673,6 +799,13 @@ class TaperNorm(Float32State):
         self.frozen.fill_(1.0)
 
     @torch.no_grad()
+    def follow(self) -> None:
+        """Set ``c`` (and ``c_first``) to what its moving averages say now; one that they give no number for stays."""
+        for _, ema, scalar in self._statistics():
+            c = ema[0] / ema[1]
+            scalar.copy_(c.where(c.isfinite() & (c > 0), scalar))
+
+    @torch.no_grad()
     def linear_map(self) -> tuple[Tensor, Tensor | None]:
         """Gain ``c * gamma~`` and bias ``beta~`` of ``y = (h P) * gain + bias``, the linear phase: (d,) float64 each.
 
@@ -686,6 +819,8 @@ class TaperNorm(Float32State):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if f"{prefix}first_alignment" in state_dict:
             self.separate_first()
+        if f"{prefix}stage" in state_dict and self.stage is None:
+            self.stage = torch.ones(2, dtype=torch.float32, device=self.alignment.device)
         own = {prefix + key: value for key, value in self.state_dict().items()}
         plain = {prefix + "weight", prefix + "bias"}
         if not any(key in state_dict for key in own.keys() - plain):
@@ -697,6 +832,7 @@ class TaperNorm(Float32State):
         if not self.owns_gate:
             state_dict.update({f"{prefix}gate.{key}": value for key, value in self.gate.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._read_stage()
         if self.pending.is_meta:  # the values were assigned to a model that was built without any
             self.pending = torch.zeros(3, dtype=torch.float32, device=self.alignment.device)
         if self.first_pending is not None and self.first_pending.is_meta:

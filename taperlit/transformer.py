@@ -6,7 +6,8 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, D head width.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_type_hints
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,30 @@ from torch.utils.checkpoint import checkpoint
 from taperlit.errors import TaperlitError
 from taperlit.loss import chunked_cross_entropy, token_losses
 from taperlit.norm import Float32State
+
+
+class MlpKind(NamedTuple):
+    """What a feed-forward layer computes between its linear maps.
+
+    Args:
+        activation: of the gate where there is one, else of the inner features; same shape out as in.
+        gated: the inner features are ``activation(gate_proj(x)) * up_proj(x)``, else ``activation(up_proj(x))``.
+    """
+
+    activation: Callable[[Tensor], Tensor]
+    gated: bool
+
+
+MLP_KINDS = {
+    "swiglu": MlpKind(F.silu, gated=True),
+    "glu": MlpKind(torch.sigmoid, gated=True),
+    "gelu": MlpKind(partial(F.gelu, approximate="tanh"), gated=False),
+    "relu": MlpKind(F.relu, gated=False),
+}
+"""By the name in :class:`TransformerConfig`: SwiGLU (arXiv:2002.05202), GLU (arXiv:1612.08083), GELU in GPT-2's tanh
+approximation, and ReLU. SwiGLU squares a token that is larger than the others; the rest pass its size on as it is, for
+GLU's gate lies between 0 and 1, GELU approaches its input and ReLU is it. That matters once no norm takes the size out.
+"""
 
 
 class RopeScaling(TypedDict):
@@ -50,17 +75,21 @@ class TransformerConfig:
         n_head: query heads.
         n_kv_head: key/value heads (grouped-query attention); None is ``n_head``.
         d_model: width of the residual stream.
-        d_ff: inner width of the MLP; None is 4 ``d_model`` (gelu) or 8/3 of it, rounded up to 64 (swiglu).
+        d_ff: inner width of the MLP; None is 4 ``d_model``, or 8/3 of it, rounded up to 64, where the MLP is gated, so
+            that it has about as many parameters.
         norm: kind of every norm.
         norm_eps: its epsilon.
         position: rotary or learned absolute positions.
         rope_theta: base of the rotary frequencies.
-        mlp: SwiGLU or GELU (tanh approximation, as in GPT-2).
+        mlp: kind of every MLP, see ``MLP_KINDS``.
         bias: biases in the linear maps of the blocks, but for what ``qkv_bias`` says.
         tied: the head shares the embedding's matrix.
         d_head: width of a head; None is ``d_model / n_head``.
         qkv_bias: biases in the maps to queries, keys and values; None is ``bias``.
         rope_scaling: of the rotary frequencies, as in Llama 3.1; None is none.
+
+    Raises:
+        TaperlitError: a value that is none of these, or sizes that do not go together.
     """
 
     vocab_size: int = 50257
@@ -74,7 +103,7 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     position: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10000.0
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp: Literal["swiglu", "glu", "gelu", "relu"] = "swiglu"
     bias: bool = False
     tied: bool = False
     d_head: int | None = None
@@ -82,10 +111,14 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        for name in ("norm", "position", "mlp"):
+            choices = get_args(type(self).__dataclass_fields__[name].type)
+            if getattr(self, name) not in choices:
+                raise TaperlitError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(choices)}.")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.d_ff is None:
-            self.d_ff = 4 * self.d_model if self.mlp == "gelu" else 64 * math.ceil(8 * self.d_model / 3 / 64)
+            self.d_ff = 64 * math.ceil(8 * self.d_model / 3 / 64) if self.gated_mlp else 4 * self.d_model
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff"):
@@ -134,6 +167,11 @@ class TransformerConfig:
         """``d_ff``, which is never None once the config is made."""
         assert self.d_ff is not None
         return self.d_ff
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether the MLP has a gate."""
+        return MLP_KINDS[self.mlp].gated
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TransformerConfig":
@@ -266,19 +304,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU or GELU feed-forward layer."""
+    """Feed-forward layer of one of the kinds in ``MLP_KINDS``."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.d_model, config.d_inner, config.bias) if config.mlp == "swiglu" else None
+        self.kind = config.mlp
+        self.gate_proj = Linear(config.d_model, config.d_inner, config.bias) if config.gated_mlp else None
         self.up_proj = Linear(config.d_model, config.d_inner, config.bias)
         self.down_proj = Linear(config.d_inner, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, d_model) to the same shape."""
+        activation = MLP_KINDS[self.kind].activation
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(activation(self.up_proj(x)))
+        return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):

@@ -34,7 +34,7 @@ def tapered_to_zero(model, seed=0):
     tied=st.booleans(),
     how=st.sampled_from(["untie", "scale"]),
     bias=st.booleans(),
-    mlp=st.sampled_from(["swiglu", "gelu"]),
+    mlp=st.sampled_from(["swiglu", "glu", "gelu", "relu"]),
     kv=st.sampled_from([1, 2]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperLayerNorm, TaperRMSNorm, shared_gate, tapered_norms
 from taperlit.surgery import taper
-from taperlit.transformer import PRESETS, Rope, Transformer, TransformerConfig, TransformerOverrides
+from taperlit.transformer import MLP, PRESETS, Rope, Transformer, TransformerConfig, TransformerOverrides
 
 transformers = pytest.importorskip("transformers")
 
@@ -135,6 +135,58 @@ def test_heads_may_be_of_any_width_and_their_maps_have_biases_of_their_own():
     assert not TransformerConfig(d_model=32, n_head=4, bias=True, qkv_bias=False).qkv_bias
 
 
+def tanh_gelu(x):
+    return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+FORMULAS = {
+    "swiglu": lambda gate, up: gate / (1 + torch.exp(-gate)) * up,
+    "glu": lambda gate, up: 1 / (1 + torch.exp(-gate)) * up,
+    "gelu": lambda gate, up: tanh_gelu(up),
+    "relu": lambda gate, up: up * (up > 0),
+}
+
+
+def mlp_of(kind, bias=False, d_ff=48):
+    torch.manual_seed(0)
+    mlp = MLP(TransformerConfig(d_model=32, n_head=2, d_ff=d_ff, mlp=kind, bias=bias)).double()
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return mlp
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", FORMULAS)
+@torch.no_grad()
+def test_every_mlp_is_its_formula(kind, bias):
+    mlp, x = mlp_of(kind, bias), torch.randn(2, 5, 32, dtype=torch.float64)
+
+    def linear(module, x):
+        return x @ module.weight.T + (module.bias if bias else 0)
+
+    assert (mlp.gate_proj is not None) == (kind in ("swiglu", "glu"))
+    gate = None if mlp.gate_proj is None else linear(mlp.gate_proj, x)
+    wanted = linear(mlp.down_proj, FORMULAS[kind](gate, linear(mlp.up_proj, x)))
+    torch.testing.assert_close(mlp(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "power"), [("swiglu", 2), ("glu", 1), ("gelu", 1), ("relu", 1)])
+@torch.no_grad()
+def test_which_mlp_squares_a_large_token(kind, power):
+    mlp, x = mlp_of(kind), torch.randn(200, 32, dtype=torch.float64)
+    growth = (mlp(1e4 * x) / mlp(1e3 * x)).log10().nan_to_num()
+    assert growth.median().item() == pytest.approx(power, abs=1e-3)
+
+
+def test_inner_widths_give_every_mlp_about_as_many_parameters():
+    def config(kind, d_model=96):
+        return TransformerConfig(d_model=d_model, n_head=2, mlp=kind)
+
+    assert {kind: config(kind).d_ff for kind in FORMULAS} == {"swiglu": 256, "glu": 256, "gelu": 384, "relu": 384}
+    assert config("glu", 100).d_ff == 320  # 266.7, rounded up to 64
+    assert len({sum(p.numel() for p in MLP(config(kind)).parameters()) for kind in FORMULAS}) == 1
+
+
 def test_configs_come_back_from_json_and_old_ones_have_no_new_fields():
     config = TransformerConfig(d_model=30, n_head=4, d_head=10, rope_scaling=SCALING)
     assert TransformerConfig(**json.loads(json.dumps(asdict(config)))) == config
@@ -209,6 +261,9 @@ def test_initialization_is_depth_scaled_and_survives_the_meta_device():
         ({"n_head": 4, "n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
         ({"n_head": 32}, "even head width"),
+        ({"mlp": "relu2"}, "mlp is 'relu2'; choose from swiglu, glu, gelu, relu"),
+        ({"norm": "rms"}, "norm is 'rms'; choose from rmsnorm, layernorm"),
+        ({"position": "alibi"}, "position is 'alibi'; choose from rope, learned"),
     ],
 )
 def test_impossible_shapes_are_refused(fields, message):

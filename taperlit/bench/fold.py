@@ -34,11 +34,12 @@ SAMPLE = (4, 513)  # blocks of validation text, as a run keeps
 # In a process of its own: what folding is given anew is all that its peak holds above what was imported.
 MEASURED = """
 import sys, time
-import taperlit.cli.fold
+import taperlit.checkpoint.folded, taperlit.folding, taperlit.stress.probe
 from taperlit.bench.machine import resident_bytes
+from taperlit.cli.fold import fold_checkpoint
 before = resident_bytes()
 start = time.perf_counter()
-taperlit.cli.fold.fold_checkpoint(*sys.argv[1:])
+fold_checkpoint(*sys.argv[1:])
 seconds = time.perf_counter() - start
 print("measured", seconds, resident_bytes("VmHWM") - before)
 """

@@ -13,19 +13,26 @@ from taperlit.callbacks.finite import FiniteGuard
 from taperlit.callbacks.first_position import FirstPosition
 from taperlit.callbacks.fold import FoldOnEnd
 from taperlit.callbacks.gate import GateSchedule
+from taperlit.callbacks.hold import GateHold
 from taperlit.callbacks.massive import ShrinkMassive
 from taperlit.callbacks.monitor import TaperMonitor
 from taperlit.callbacks.progress import StepProgressBar
 from taperlit.callbacks.rng import RngState
+from taperlit.callbacks.rows import EqualRows
+from taperlit.callbacks.tail_penalty import TailPenalty
 from taperlit.callbacks.tails import LossTails
 from taperlit.callbacks.throughput import TokenThroughput
+from taperlit.callbacks.writes import BoundedWrites
 
 __all__ = [
     "AlignmentFreeze",
+    "BoundedWrites",
+    "EqualRows",
     "FakeLNSchedule",
     "FiniteGuard",
     "FirstPosition",
     "FoldOnEnd",
+    "GateHold",
     "GateSchedule",
     "LossTails",
     "RngState",
@@ -33,6 +40,7 @@ __all__ = [
     "ScaleAnchor",
     "ShrinkMassive",
     "StepProgressBar",
+    "TailPenalty",
     "TaperMonitor",
     "TokenThroughput",
 ]

@@ -27,19 +27,25 @@ def wrap_training_step(
     Returns:
         Puts the step back.
     """
-    original, another = pl_module.training_step, vars(pl_module).get("training_step")
+    original, below = pl_module.training_step, vars(pl_module).get("training_step")
 
     @functools.wraps(original)
     def training_step(*args: Any, **kwargs: Any) -> Any:
+        if training_step.done:  # type: ignore[attr-defined]
+            return original(*args, **kwargs)
         before()
         return after(original(*args, **kwargs))
 
+    training_step.done, training_step.below = False, below  # type: ignore[attr-defined]
     pl_module.training_step = training_step
 
     def undo() -> None:
-        del pl_module.training_step
-        if another is not None:  # a wrapper that was there before
-            pl_module.training_step = another
+        training_step.done = True  # type: ignore[attr-defined]
+        top = vars(pl_module).pop("training_step", None)
+        while getattr(top, "done", False):  # those of other callbacks, in whatever order they are undone
+            top = top.below  # type: ignore[union-attr]
+        if top is not None:
+            pl_module.training_step = top
 
     return undo
 

@@ -1,12 +1,14 @@
 """Gather the alignment statistics and freeze every layer's scalar at the boundary."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import lightning as L
 import torch
 
 from taperlit.callbacks.gradients import has_gradients
-from taperlit.callbacks.plan import boundary_step, forget_plan
+from taperlit.callbacks.moments import carry_moments, check_optimizers
+from taperlit.callbacks.plan import Boundary, find_boundary, forget_plan
 from taperlit.distributed import keep_buffers_float32, mean_over_ranks, whole_parameters
 from taperlit.errors import TaperlitError
 from taperlit.norm import AlignmentFit, Gate, Phase, TaperNorm, set_alignment_fit, shared_gate, update_alignment
@@ -19,6 +21,17 @@ class AlignmentFreeze(L.Callback):
     Until then it updates every layer's moving averages once per optimizer step, from all its micro-batches and all
     ranks (arXiv:2602.10408, section 3). A step counts if it has gradients and its statistics are finite. With manual
     optimization that is once per batch in which an optimizer steps, be it one or several.
+
+    With ``track`` the boundary only copies gains and biases. The moving averages are updated on while the gate falls,
+    and every step uses the ``c`` that they give, until the step in which the gate is at ``track`` or below: after it
+    ``c`` is frozen for good, also if the gate goes back. The residual may still grow when the warm-up ends, and a ``c``
+    that is frozen then does not fit it later. It takes two passes over each norm's input per step of the taper.
+
+    The optimizer's moments of gains and biases are zero in the linear branch when the boundary makes it, so that its
+    first steps are as large as those of a run's beginning. With ``moments`` they are copied along, ``exp_avg``,
+    ``exp_avg_sq`` and ``step``.
+
+    A norm with a gate of its own (see GateSchedule's ``stages``) has its boundary where that begins to fall.
 
     Which scalars are frozen stands in the norms (``TaperNorm.frozen``) and is saved with them. Weights that are past
     the boundary stay as they are; those that begin a new run at gate 1 are measured and frozen anew.
@@ -40,12 +53,18 @@ class AlignmentFreeze(L.Callback):
         fit: ``energy`` is the paper's, ``w = ||h D||^2``; ``token`` weighs every token alike, ``w = 1``.
         skip: leave out this many positions at the beginning of each sequence; the norms' inputs must then be
             (B, T, *shape).
+        track: the gate, in [0, 1), down to which ``c`` follows its statistics; None freezes it at the boundary, as the
+            paper does.
+        moments: give the linear branch the optimizer's moments of what it is copied from; the optimizers must be
+            torch's Adam or AdamW, and not under FSDP1.
 
     Raises:
-        TaperlitError: ``ema_rate`` is not in (0, 1], there is no such fit, or ``skip`` is negative; a resumed run began
-            with another fit; before the first step, if the model has no TaperNorm, the boundary is unknown or after the
-            gate's warm-up, the gate is below 1 and a norm was never frozen, or the first position has a scalar of its
-            own and there is no FirstPosition; at the boundary, if a layer has no usable statistics (it is named).
+        TaperlitError: ``ema_rate`` is not in (0, 1], ``track`` not in [0, 1), there is no such fit, or ``skip`` is
+            negative; a resumed run began with another fit, or was tracking and ``track`` is None; before the first
+            step, if the model has no TaperNorm, the boundary is unknown or after the gate's warm-up, ``at`` is given
+            and a norm has a gate of its own, the gate is below 1 and a norm was never frozen, the optimizers have no
+            moments that could be copied, or the first position has a scalar of its own and there is no FirstPosition;
+            at the boundary, if a layer has no usable statistics, or no moments (it is named).
     """
 
     def __init__(
@@ -54,19 +73,32 @@ class AlignmentFreeze(L.Callback):
         ema_rate: float = 0.01,
         fit: Literal["energy", "token"] = "energy",
         skip: int = 0,
+        track: float | None = None,
+        moments: bool = False,
     ) -> None:
         if not 0 < ema_rate <= 1:
             raise TaperlitError(f"AlignmentFreeze.ema_rate is {ema_rate}; it must be in (0, 1].")
+        if track is not None and not 0 <= track < 1:
+            raise TaperlitError(f"AlignmentFreeze.track is {track}; it must be in [0, 1).")
         self.at, self.ema_rate, self.fit = at, ema_rate, AlignmentFit(fit, skip)
+        self.track, self.moments = track, moments
+        self._norms: dict[str, TaperNorm] = {}
         self._forget()
 
     def _forget(self) -> None:
-        self.frozen = False
-        self._norms: dict[str, TaperNorm] = {}
-        self._boundary = 0
+        self._stop_tracking(self._norms)
+        self._norms = {}
+        self.frozen = False  # every norm is past its boundary
+        self._open: set[str] = set()  # the norms before their boundary
+        self._tracked: set[str] = set()  # those after it whose scalars still follow
+        self._boundary = Boundary()
         self._counts = False  # an optimizer stepped in this batch, and with gradients
         self._stepped = False
         self._updated: int | None = None  # the global step of the last update
+
+    def _stop_tracking(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._norms[name].tracks = False
 
     @property
     def _gate(self) -> Gate:
@@ -95,37 +127,61 @@ class AlignmentFreeze(L.Callback):
                 "The first position has a scalar of its own, which nobody will take away: add FirstPosition() to the "
                 "callbacks."
             )
-        self.frozen = all(norm.frozen for norm in norms)
+        self._open = {name for name, norm in self._norms.items() if not norm.frozen}
+        self.frozen = not self._open
+        self._tracked -= self._open  # of a resumed run
+        for name in self._tracked:
+            self._norms[name].tracks = True
+        if self.moments:
+            check_optimizers(trainer, "AlignmentFreeze(moments=True)")
         if gate.phase is not Phase.NORMALIZE:
             for name, norm in self._norms.items():
-                if not norm.frozen:
+                if name in self._open and norm.phase is not Phase.NORMALIZE:
                     raise TaperlitError(
                         f"{name} was never frozen and the gate is {gate.value.item():.3g}, where no statistics can be "
                         "gathered; begin with taperlit.norm.shared_gate(model).set(1.0)."
                     )
             return
-        self._boundary = boundary_step(trainer, pl_module, self.at, "AlignmentFreeze")
-        if gate.plan.warmup is not None and self._boundary > gate.plan.warmup:
+        self._boundary = find_boundary(trainer, pl_module, self.at, "AlignmentFreeze")
+        staged = next((name for name, norm in self._norms.items() if norm.stage is not None), None)
+        if self.at is not None and staged is not None:
             raise TaperlitError(
-                f"AlignmentFreeze.at is step {self._boundary}, after the gate's warm-up of {gate.plan.warmup} steps, "
-                "when the scalars are in use already; leave at= out."
+                f"{staged} has a gate of its own and freezes where that begins to fall; leave AlignmentFreeze.at out."
             )
-        if self.frozen and trainer.global_step < self._boundary:
+        if gate.plan.warmup is not None and self._boundary.step > gate.plan.warmup:
+            raise TaperlitError(
+                f"AlignmentFreeze.at is step {self._boundary.step}, after the gate's warm-up of {gate.plan.warmup} "
+                "steps, when the scalars are in use already; leave at= out."
+            )
+        if not self._open and trainer.global_step < self._boundary.step:
             for norm in norms:
                 norm.forget_alignment()
-            self.frozen = False
+            self._stop_tracking(self._tracked)
+            self._open, self._tracked, self.frozen = set(self._norms), set(), False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Freeze, once the warm-up's last step is done and before the first forward pass of the next."""
-        if self.frozen or trainer.global_step < self._boundary:
+        if self.frozen or trainer.global_step < self._boundary.step:
+            return
+        # The gate of the step to come, which the schedule may have set by now or not.
+        g = self._gate.plan.gate(trainer.global_step + 1)
+        due = {n: norm for n, norm in self._norms.items() if n in self._open and _begins_to_fall(norm, g)}
+        if not due:
             return
         with whole_parameters(trainer):
-            for name, norm in self._norms.items():
+            for name, norm in due.items():
                 try:
                     norm.freeze()
                 except TaperlitError as error:
                     raise TaperlitError(f"{name}: {error}") from error
-        self.frozen = True
+        if self.moments:
+            carry_moments(due, trainer.optimizers)
+        self._open -= due.keys()
+        self.frozen = not self._open
+        if self.track is not None:
+            self._tracked |= due.keys()
+            for norm in due.values():
+                norm.tracks = True
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -145,13 +201,25 @@ class AlignmentFreeze(L.Callback):
         # An optimizer such as LBFGS runs forward several times in one step: the first time counts.
         counts = self._counts and self._updated != trainer.global_step
         self._stepped = self._counts = False
-        if self.frozen:
+        moving = [norm for name, norm in self._norms.items() if name in self._open or name in self._tracked]
+        if not moving:
             return
         if counts:
             self._updated = trainer.global_step
-            update_alignment(self._norms.values(), lambda value: mean_over_ranks(trainer, value), self.ema_rate)
+            update_alignment(moving, lambda value: mean_over_ranks(trainer, value), self.ema_rate)
         else:
             self._forget_batches()
+        if self._tracked:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Let the tracked scalars follow; those whose gate has come down to ``track`` did so for the last time."""
+        g = self._gate.number()
+        for name in self._tracked:
+            self._norms[name].follow()
+        ended = {n for n in self._tracked if self.track is None or self._norms[n].own_gate_at(g) <= self.track}
+        self._stop_tracking(ended)
+        self._tracked -= ended
 
     def _forget_batches(self) -> None:
         for norm in self._norms.values():
@@ -159,6 +227,7 @@ class AlignmentFreeze(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let go of the model, and take the announcement back."""
+        self._stop_tracking(self._norms)
         self._norms = {}
         forget_plan(pl_module)
 
@@ -167,14 +236,14 @@ class AlignmentFreeze(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The fit of the statistics, which are saved with the norms."""
-        return {"fit": self.fit.weight, "skip": self.fit.skip}
+        """The fit of the statistics, which are saved with the norms, and the norms whose scalars still follow them."""
+        return {"fit": self.fit.weight, "skip": self.fit.skip, "tracked": sorted(self._tracked)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with the statistics of another fit.
+        """Go on tracking where the resumed run was, but not with the statistics of another fit.
 
         Raises:
-            TaperlitError: the resumed run began with another.
+            TaperlitError: the resumed run began with another fit, or tracks and this one does not.
         """
         began = AlignmentFit(state_dict["fit"], state_dict["skip"])
         if began != self.fit:
@@ -182,3 +251,14 @@ class AlignmentFreeze(L.Callback):
                 f"The run to resume has alignment statistics of fit={began.weight!r} and skip={began.skip}, not of "
                 f"{self.fit.weight!r} and {self.fit.skip}; give AlignmentFreeze the same, or begin anew."
             )
+        self._tracked = set(state_dict.get("tracked", ()))
+        if self._tracked and self.track is None:
+            raise TaperlitError(
+                "The run to resume still tracks its alignment scalars; give AlignmentFreeze a track too (track=0.99 "
+                "freezes them after one more step), or begin anew."
+            )
+
+
+def _begins_to_fall(norm: TaperNorm, g: float) -> bool:
+    """Whether a norm before its boundary is due: at the run's, or where its own gate is below 1 at the global ``g``."""
+    return norm.stage is None or norm.own_gate_at(g) < 1

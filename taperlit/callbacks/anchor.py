@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from taperlit.callbacks.added_loss import sum_over_ranks, with_added, wrap_training_step
 from taperlit.callbacks.gradients import has_gradients
-from taperlit.callbacks.plan import boundary_step, forget_plan
+from taperlit.callbacks.plan import Boundary, find_boundary, forget_plan
 from taperlit.callbacks.submodule import first_input, named_module
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm
@@ -70,7 +70,7 @@ class ScaleAnchor(L.Callback):
         self.target: Tensor | None = None
         self._ema = torch.zeros(2, dtype=torch.float32)  # moving averages of s(h) and of 1, which corrects the bias
         self._updated: int | None = None  # the global step of the last update
-        self._boundary = 0
+        self._boundary = Boundary()
         self._centred = False
         self._ran = False
         self._penalties: list[Tensor] = []  # of the forward pass under way
@@ -102,7 +102,7 @@ class ScaleAnchor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the boundary, and drop what a tuner's trial steps left behind."""
-        self._boundary = boundary_step(trainer, pl_module, self.at, "ScaleAnchor")
+        self._boundary = find_boundary(trainer, pl_module, self.at, "ScaleAnchor")
         self._forget_batches()
 
     def _release(self) -> None:
@@ -156,7 +156,7 @@ class ScaleAnchor(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Freeze the target, once the warm-up's last step is done."""
-        if self.target is None and trainer.global_step >= self._boundary:
+        if self.target is None and trainer.global_step >= self._boundary.step:
             mean, weight = self._ema
             if not weight:
                 raise TaperlitError("ScaleAnchor has no statistics at its boundary; start it with the run.")

@@ -18,6 +18,11 @@ TRACES = {
     # Lightning's users write train/loss or train_loss, and self.log adds where it was logged.
     "Losses": {"training and validation": r"(?:train|val|valid|validation)[/_]loss(?:_step|_epoch)?$"},
     "Taper": {"gate": "taper/gate$", "c of every norm": "taper/alignment/"},
+    "Scales at the norms' inputs, over their mean": {
+        "largest of all": "taper/scale_max$",
+        "largest": "taper/scale_max/",
+        "99.9th percentile": "taper/scale_p999/",
+    },
     "Pre-logit residual": {
         "RMS": "taper/pre_logit_rms$",
         "logit norm": "taper/logit_norm$",

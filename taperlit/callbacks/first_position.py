@@ -80,7 +80,7 @@ class FirstPosition(L.Callback):
         if gate.phase is not Phase.NORMALIZE or not all(norm.frozen for norm in norms):  # else they may begin anew
             self._require_statistics(begun_is_enough=gate.phase is Phase.NORMALIZE)
         end = self._boundary(trainer)
-        closed = gate.plan.end
+        closed = gate.plan.closed_by
         if closed is not None and end <= closed and not trainer.fast_dev_run:
             raise TaperlitError(
                 f"FirstPosition ends at step {end}, not after the gate, which closes at step {closed}; raise end."

@@ -22,6 +22,7 @@ from taperlit.errors import TaperlitError
 from taperlit.folding import fold, refuse_pointwise, rehearse
 from taperlit.hub.lora import merge_lora
 from taperlit.norm import Phase, shared_gate
+from taperlit.stress.probe import brief_line
 from taperlit.structure import Structure
 from taperlit.surgery import require_tapered
 
@@ -108,19 +109,24 @@ class FoldOnEnd(L.Callback):
             rank_zero_warn(f"Not folded: {_line(error)}{_advice(trainer, pl_module)}")
 
     def _rehearse(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        model, run = self._copy(trainer, pl_module)
+        model, run, _ = self._copy(trainer, pl_module)
         rehearse(model, run, tied=self.tied, untouched=self.untouched)
 
     def _fold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        model, run = self._copy(trainer, pl_module)
+        model, run, stressed = self._copy(trainer, pl_module)
         structure: Structure = fold(model, run, tied=self.tied, untouched=self.untouched)
         tokenizer = getattr(trainer.datamodule, "tokenizer_json", None)
         path = write_folded(self._path, model, structure, tokenizer, self._replace)
         count = len(structure["identities"]) + len(structure["scales"])
         rank_zero_info(f"Folded {count} norms into {path}; largest relative difference {structure['difference']:.1e}.")
+        line, calm = stressed(tokenizer)
+        (rank_zero_info if calm else rank_zero_warn)(line)
 
-    def _copy(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[nn.Module, Callable[[], object]]:
-        """A copy of the module to fold, and what runs ``forward`` of a copy of the LightningModule around it."""
+    def _copy(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> tuple[nn.Module, Callable[[], object], Callable[[str | None], tuple[str, bool]]]:
+        """A copy of the module to fold, what runs ``forward`` of a copy of the LightningModule around it, and what
+        tells of that on unusual input (see :func:`taperlit.stress.probe.brief_line`)."""
         # The copy is of the module alone. What belongs to the run stays the run's: references to the trainer from
         # within forward, and hooks, which must not act on copies of the callbacks.
         run_parts = (trainer, trainer.strategy, trainer.datamodule, *trainer.callbacks, *trainer.loggers)
@@ -150,7 +156,11 @@ class FoldOnEnd(L.Callback):
                     return clone(*example)
                 return clone(**example) if isinstance(example, dict) else clone(example)
 
-        return clone.get_submodule(self.module), run
+        def stressed(tokenizer: str | None) -> tuple[str, bool]:
+            with _default_dtype(dtype):
+                return brief_line(clone, example, tokenizer)
+
+        return clone.get_submodule(self.module), run, stressed
 
 
 def _is_sharded(trainer: L.Trainer) -> bool:

@@ -4,11 +4,16 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from taperlit.callbacks.drift import Drift
 from taperlit.callbacks.plan import forget_plan
+from taperlit.callbacks.stages import stages_of
+from taperlit.distributed import mean_over_ranks
 from taperlit.errors import TaperlitError
-from taperlit.norm import Gate, TaperNorm, shared_gate
-from taperlit.schedule import gate_at, resolve_steps
+from taperlit.norm import Gate, GatePlan, Phase, Stage, TaperNorm, shared_gate
+from taperlit.schedule import resolve_steps
 from taperlit.surgery import missing_gains, require_tapered
 
 
@@ -24,8 +29,24 @@ class GateSchedule(L.Callback):
     batches only. Under ``fast_dev_run`` the warm-up is the first step and the end the last, so that every phase is
     tried.
 
-    A resumed run keeps the boundaries it began with. A new run never raises the gate of weights that are tapered
-    already, see ``closed``.
+    Another callback may delay it, see :class:`taperlit.GateHold`: the formula's ``k`` is then the step less the delay.
+
+    With ``warmup="auto"`` the gate is held at 1 until the estimates of the alignment scalars have settled: after the
+    first step, from ``least`` to ``latest``, in which none drifts by more than ``settle``, relative and per step, on
+    average over about the last ten steps. While the residual still grows ``c`` drifts by several percent per step, and
+    a ``c`` that is frozen then does not fit later. ``end`` stays where it is. The decision is told in a line, and the
+    callbacks that freeze something at the end of the warm-up wait for it.
+
+    With ``stages`` the norms do not fall together: each has a gate of its own, which goes from 1 to 0 while the global
+    gate goes from the stage's ``high`` to its ``low``. ``depth`` gives the blocks equal parts of the way, one after the
+    other, the first block first and the final norm last: what a block without norms lets through still meets the norms
+    of those behind it. ``kind`` does so with the norms before the MLPs, then those before attention, then the final
+    one, as FakeLN removes them. A mapping gives stages by patterns of names; the first that matches counts, and a norm
+    that none matches falls with the global gate. Every norm's scalar is frozen, and its gains copied, where its own
+    gate begins to fall. Stages are saved with the norms.
+
+    A resumed run keeps the boundaries it began with, and the delay. A new run never raises the gate of weights that
+    are tapered already, see ``closed``.
 
     It needs somebody to freeze the alignment scalars at the end of the warm-up: an AlignmentFreeze beside it.
 
@@ -35,36 +56,58 @@ class GateSchedule(L.Callback):
         trainer = Trainer(max_steps=1000, callbacks=[GateSchedule(warmup=0.05, end=0.5), AlignmentFreeze()])
 
     Args:
-        warmup: last step at 1, in steps (int) or as a fraction of ``max_steps`` (float).
+        warmup: last step at 1, in steps (int) or as a fraction of ``max_steps`` (float), or ``auto``.
         end: first step at 0, in steps (int) or as a fraction of ``max_steps`` (float).
         shape: ``cosine`` or ``linear``.
         closed: what to do with a gate that is lower than the schedule begins, as in weights of a run that is over:
             ``refuse`` them, or ``keep`` the gate as it is until the schedule falls below it.
+        settle: with ``auto``, the drift of ``c`` per step below which it counts as settled.
+        least: with ``auto``, the warm-up is no shorter, in steps (int) or as a fraction of ``max_steps`` (float).
+        latest: with ``auto``, the warm-up is no longer, likewise.
+        stages: None, ``depth``, ``kind``, or ``(high, low)`` by glob patterns over the norms' names.
 
     Raises:
         TaperlitError: before the first step, if the model has no TaperNorm, nobody will freeze its alignment scalars,
-            the optimizers miss parameters of the linear branch, the gate is lower than the schedule begins, or the
-            boundaries are out of order or beyond the run.
+            the optimizers miss parameters of the linear branch, the gate is lower than the schedule begins, the
+            boundaries are out of order or beyond the run, a stage is none or cannot be told, or a resumed run has
+            others.
     """
 
     def __init__(
         self,
-        warmup: int | float = 0.05,
+        warmup: int | float | Literal["auto"] = 0.05,
         end: int | float = 0.5,
         shape: Literal["cosine", "linear"] = "cosine",
         closed: Literal["refuse", "keep"] = "refuse",
+        settle: float = 0.01,
+        least: int | float = 0.05,
+        latest: int | float = 0.3,
+        stages: Literal["depth", "kind"] | dict[str, tuple[float, float]] | None = None,
     ) -> None:
+        if isinstance(stages, str) and stages not in ("depth", "kind"):
+            raise TaperlitError(f"GateSchedule.stages is {stages!r}; choose depth or kind, or give patterns of names.")
+        if isinstance(warmup, str) and warmup != "auto":
+            raise TaperlitError(f"GateSchedule.warmup is {warmup!r}; give steps, a fraction of the run, or auto.")
+        if not settle > 0:
+            raise TaperlitError(f"GateSchedule.settle is {settle}; it must be above 0.")
         if shape not in ("cosine", "linear"):
             raise TaperlitError(f"GateSchedule.shape is {shape!r}; choose cosine or linear.")
         if closed not in ("refuse", "keep"):
             raise TaperlitError(f"GateSchedule.closed is {closed!r}; choose refuse or keep.")
         self.warmup, self.end, self.shape, self.closed = warmup, end, shape, closed
+        self.settle, self.least, self.latest, self.stages = settle, least, latest, stages
         self._forget()
 
     def _forget(self) -> None:
         self._boundaries: tuple[int, int] | None = None
+        self._longest: int | None = None  # the warm-up may be, while it waits for the scalars to settle
+        self._drift = Drift()
+        self._begun = 0  # the global step as the batch under way began
         self._norms: list[TaperNorm] = []
+        self._stages: dict[str, Stage | None] = {}  # asked for, by norm
         self._ceiling = 1.0  # the gate of weights that were tapered before, if it is kept
+        self._plan = GatePlan()  # of this fit; what others write there is read here also when the fit is over
+        self._delay = self._used = 0  # that a checkpoint brings: from its next step on, and in its last one
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget an earlier fit; what a checkpoint restores comes after this."""
@@ -77,15 +120,24 @@ class GateSchedule(L.Callback):
         return self._norms[0].gate
 
     def boundaries(self, trainer: L.Trainer) -> tuple[int, int]:
-        """Last step at 1 and first step at 0, in optimizer steps."""
+        """Last step at 1, as far as it is known, and first step at 0, in optimizer steps."""
         if self._boundaries is None:
             if trainer.fast_dev_run:
                 self._boundaries = (1, max(2, trainer.max_steps))
                 return self._boundaries
-            warmup = resolve_steps(self.warmup, trainer.max_steps, "GateSchedule.warmup")
             end = resolve_steps(self.end, trainer.max_steps, "GateSchedule.end")
-            if end <= warmup:
-                raise TaperlitError(f"GateSchedule ends at step {end}, not after its warm-up of {warmup}; raise end.")
+            if isinstance(self.warmup, str):
+                warmup = resolve_steps(self.least, trainer.max_steps, "GateSchedule.least")
+                longest = resolve_steps(self.latest, trainer.max_steps, "GateSchedule.latest")
+                if longest < warmup:
+                    raise TaperlitError(
+                        f"GateSchedule's warm-up takes {warmup} steps at least and {longest} at most; raise latest."
+                    )
+                self._longest = longest
+            else:
+                warmup = longest = resolve_steps(self.warmup, trainer.max_steps, "GateSchedule.warmup")
+            if end <= longest:
+                raise TaperlitError(f"GateSchedule ends at step {end}, not after its warm-up of {longest}; raise end.")
             self._boundaries = (warmup, end)
         return self._boundaries
 
@@ -93,7 +145,39 @@ class GateSchedule(L.Callback):
         """Check the model and the boundaries, and announce the warm-up at the gate."""
         self._norms = list(require_tapered(pl_module, "GateSchedule").values())
         shared_gate(pl_module)  # there is one
-        self._gate.plan.warmup, self._gate.plan.end = self.boundaries(trainer)
+        self._set_stages(trainer, pl_module)
+        self._announce(*self.boundaries(trainer))
+
+    def _set_stages(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the norms of a new run their stages; one that goes on has them, or gets them from its checkpoint."""
+        norms = require_tapered(pl_module, "GateSchedule")
+        self._stages = stages_of(pl_module, norms, self.stages)
+        if self._gate.phase is not Phase.NORMALIZE:
+            return
+        for name, norm in norms.items():
+            stage = self._stages[name]
+            late = (norm.stage is None) != (stage is None)
+            if late and any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+                raise TaperlitError(
+                    f"The weights that are averaged were copied before GateSchedule could set the stage of {name}; "
+                    f"call set_stage({stage}) of the norm right after taperlit.taper(model)."
+                )
+            if norm.stage is not None or stage is not None:
+                norm.set_stage(stage)
+
+    def _check_stages(self, pl_module: L.LightningModule) -> None:
+        for name, norm in require_tapered(pl_module, "GateSchedule").items():
+            has = None if norm.stage is None else norm.stage.tolist()
+            asked = self._stages[name]
+            if has != (None if asked is None else torch.tensor(asked, dtype=torch.float32).tolist()):
+                raise TaperlitError(
+                    f"The run to resume has the stage {has} for {name} and GateSchedule.stages asks for {asked}; give "
+                    "it the stages that the run began with."
+                )
+
+    def _announce(self, warmup: int, end: int) -> None:
+        plan = self._plan = self._gate.plan
+        plan.warmup, plan.end, plan.shape, plan.delay = warmup, end, self.shape, self._delay
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what only now is there in every strategy: the others' announcements, the optimizers, the weights."""
@@ -106,8 +190,11 @@ class GateSchedule(L.Callback):
                 "model before configure_optimizers gathers its parameters, or give taper the optimizers, "
                 "taper(model, optimizers=...)."
             )
-        g, planned = self._gate.value.item(), self._planned(trainer)
-        if g < planned - 1e-6:  # more than float32's rounding of the value that a resumed run left
+        self._check_stages(pl_module)
+        g, planned = self._gate.value.item(), self._plan.gate(trainer.global_step + 1)
+        # What a resumed run left may be lower than it goes on with, if the gate has just been sent back.
+        left = min(planned, self._plan.gate(trainer.global_step + self._plan.delay - self._used))
+        if g < left - 1e-6:  # more than float32's rounding
             if self.closed == "refuse":
                 raise TaperlitError(
                     f"The gate is {g:.3g} already and GateSchedule would set it to {planned:.3g} again: resume the run "
@@ -115,12 +202,31 @@ class GateSchedule(L.Callback):
                 )
             self._ceiling = g
 
-    def _planned(self, trainer: L.Trainer) -> float:
-        return gate_at(trainer.global_step + 1, *self.boundaries(trainer), self.shape)
-
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Set the gate for the optimizer step that this batch belongs to."""
-        self._gate.set(min(self._planned(trainer), self._ceiling))
+        self._begun = trainer.global_step
+        self._used = self._plan.delay
+        self._gate.set(min(self._plan.gate(trainer.global_step + 1), self._ceiling))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """After an optimizer step of a warm-up that waits: see whether the scalars have settled."""
+        if self._longest is None or trainer.global_step == self._begun:
+            return
+        step, (warmup, end) = trainer.global_step, self.boundaries(trainer)
+        self._drift.update(torch.stack([norm.alignment_estimate for norm in self._norms]))
+        # Averaged, so that no rounding lets one process begin without the others.
+        drift = mean_over_ranks(trainer, self._drift.largest.to(trainer.strategy.root_device)).item()
+        if step >= warmup and (drift <= self.settle or step >= self._longest):
+            rank_zero_info(
+                f"GateSchedule: the gate begins to fall after step {step}, "
+                + ("its latest: " if drift > self.settle else "")
+                + f"the alignment scalars drift by up to {drift:.2%} per step."
+            )
+            self._longest, warmup = None, step
+        else:
+            warmup = max(warmup, step + 1)  # the next step is at 1 too
+        self._boundaries = warmup, end
+        self._plan.warmup = warmup
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -159,15 +265,23 @@ class GateSchedule(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The boundaries, in steps."""
-        return {"boundaries": list(self._boundaries or ())}
+        """The boundaries, the delays of the step to come and of the last, and what an auto warm-up waits for."""
+        return {
+            "boundaries": list(self._boundaries or ()),
+            "delay": [self._plan.delay, self._used],
+            "longest": self._longest,
+            "drift": self._drift.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the boundaries that the resumed run began with, and announce them.
+        """Keep the boundaries and the delay of the resumed run, and announce them.
 
         Some strategies restore only after ``on_fit_start``.
         """
+        self._delay, self._used = state_dict.get("delay", (0, 0))
+        self._longest = state_dict.get("longest")
+        self._drift = Drift(**state_dict.get("drift", {}))
         if state_dict["boundaries"]:
             self._boundaries = warmup, end = tuple(state_dict["boundaries"])
             if self._norms:
-                self._gate.plan.warmup, self._gate.plan.end = warmup, end
+                self._announce(warmup, end)

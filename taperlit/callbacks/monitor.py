@@ -2,7 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,10 +16,12 @@ from taperlit.callbacks import dashboard
 from taperlit.callbacks.gradients import numbers
 from taperlit.callbacks.radial import RadialGradient
 from taperlit.callbacks.submodule import first_input, named_module
+from taperlit.callbacks.token_scale import is_uncounted, token_scale
 from taperlit.distributed import gradient_norms, mean_over_ranks, whole
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm, plain_name, tapered_norms
 
+TAILS = ("max", "p999")
 HISTOGRAMS = 200  # of each norm in a whole run, at most: they take a hundred times a number's space
 
 
@@ -27,9 +30,17 @@ class TaperMonitor(L.Callback):
 
     ``taper/gate``; ``taper/alignment/<norm>``, every ``c`` (its estimate so far, while the gate is 1);
     ``taper/gain_mean/<norm>`` and ``taper/gain_std/<norm>`` of the gains in use (``g gamma + (1 - g) c gamma~``);
-    ``taper/pre_logit_rms``; ``taper/logit_norm`` (mean over tokens of the logits' 2-norm); ``taper/radial_gradient``;
-    ``grad_norm/<weight type>``, layers taken together, as in figure 4 of arXiv:2602.10408. A model without TaperNorm
-    gets the last four, so a baseline can be compared. FSDP1 hides the gains; FSDP2 does not.
+    ``taper/scale_max/<norm>`` and ``taper/scale_p999/<norm>``, the tails of the scales at its input, in every phase;
+    ``taper/scale_max``, the largest of all; ``taper/pre_logit_rms``; ``taper/logit_norm`` (mean over tokens of the
+    logits' 2-norm); ``taper/radial_gradient``; ``grad_norm/<weight type>``, layers taken together, as in figure 4 of
+    arXiv:2602.10408. A model without TaperNorm gets the last four and the residual's scales, so a baseline can be
+    compared. FSDP1 hides the gains; FSDP2 does not.
+
+    A scale is a token's root mean square (standard deviation for the LayerNorm kind); the traces are the largest and
+    the least that at least 99.9% of the tokens do not exceed, over the mean of all, of a step's micro-batches. Over
+    several processes the second is the mean of theirs. The pre-logit residual stands under the name ``residual``. They
+    take a few operations per norm in the steps that are recorded, and none in others. A norm within a compiled graph,
+    where hooks are not seen, has none.
 
     The radial gradient is ``sum over tokens of <dL/dh, h> / ||h||`` for the pre-logit residual ``h``, (..., d). As
     ``L``, what ``training_step`` returns, is a mean over tokens, it is the mean over tokens of each one's own, and does
@@ -71,6 +82,8 @@ class TaperMonitor(L.Callback):
         self._norms: dict[str, TaperNorm] = {}
         self._means: tuple[str, ...] = ()  # the traces that are means over what the ranks see
         self._seen: dict[str, list[Tensor]] = defaultdict(list)
+        self._scaled: dict[str, nn.Module] = {}  # whose inputs' scales are watched
+        self._scales: dict[str, list[Tensor]] = defaultdict(list)  # (N,) per call
         self._values: dict[str, Tensor] = {}  # of the batch under way, not yet sent
         self._shares: dict[str, Tensor] = {}  # of the ranks that had something to average, for some of the values
         self._gains: dict[str, Tensor] = {}  # to draw
@@ -95,7 +108,10 @@ class TaperMonitor(L.Callback):
             and not isinstance(trainer.strategy, DeepSpeedStrategy),
         }
         self._means = tuple(name for name, wanted in means.items() if wanted)
+        self._scaled = _watched(pl_module, self._norms, self.residual)
         tags = [*self._means, *(f"taper/alignment/{name}" for name in self._norms)]
+        tags += [f"taper/scale_{what}/{name}" for name in self._scaled for what in TAILS]
+        tags += ["taper/scale_max"] if self._scaled else []
         tags += ["taper/gate"] if self._norms else []
         tags += _by_weight_type(pl_module.named_parameters())
         for writer in dashboard.writers(trainer):
@@ -111,6 +127,9 @@ class TaperMonitor(L.Callback):
         self._due = bool(trainer.loggers) and trainer.global_step // self.every > self._step // self.every
         if not self._due:
             return
+        for name, module in self._scaled.items():
+            look = partial(self._on_scaled, name)
+            self._hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
         if self.residual is not None:
             module = pl_module.get_submodule(self.residual)
             self._hooks.append(module.register_forward_pre_hook(self._on_residual, with_kwargs=True))
@@ -121,11 +140,20 @@ class TaperMonitor(L.Callback):
 
     @torch.no_grad()
     def _on_residual(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_uncounted():
+            return
         h = first_input(module, args, kwargs)
         self._seen["taper/pre_logit_rms"].append(h.detach().float().square().mean(-1).sqrt().mean())
 
     @torch.no_grad()
+    def _on_scaled(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not is_uncounted():
+            self._scales[name].append(token_scale(module, first_input(module, args, kwargs).detach()).flatten())
+
+    @torch.no_grad()
     def _on_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if is_uncounted():
+            return
         if not isinstance(output, Tensor):
             raise TaperlitError(
                 f"TaperMonitor.logits {self.logits!r} returns a {type(output).__name__}; name the module whose output "
@@ -167,7 +195,7 @@ class TaperMonitor(L.Callback):
         self._values.update(gradient_norms(trainer, _by_weight_type(parameters)))
 
     def _traces(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        values = self._averages(trainer)
+        values = self._averages(trainer) | self._tails(trainer)
         for name, norm in self._norms.items():
             values["taper/gate"] = norm.gate.value.clone()
             values[f"taper/alignment/{name}"] = norm.alignment_estimate
@@ -199,6 +227,27 @@ class TaperMonitor(L.Callback):
         self._shares = dict(zip(self._means, shares, strict=True))
         return dict(zip(self._means, totals / shares, strict=True))
 
+    def _tails(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        """The tails of the scales over all ranks; a norm need not run on each."""
+        if not self._scaled:
+            return {}
+        none = torch.zeros(4, device=trainer.strategy.root_device)
+        figures = torch.stack([_figures(self._scales[name], none) for name in self._scaled])
+        self._scales.clear()
+        largest = figures[:, 3].clone()
+        if trainer.world_size > 1:
+            largest = trainer.strategy.reduce(largest, reduce_op="max")
+        mean, p999, share, _ = mean_over_ranks(trainer, figures).unbind(-1)
+        ratios = torch.stack((largest * share / mean, p999 / mean))  # mean and p999 are over all ranks, share too
+        summary = ratios[0].where(share > 0, -torch.inf).amax()
+        values = {"taper/scale_max": summary}
+        self._shares["taper/scale_max"] = share.amax()
+        for what, row in zip(TAILS, ratios, strict=True):
+            names = [f"taper/scale_{what}/{name}" for name in self._scaled]
+            values |= dict(zip(names, row, strict=True))
+            self._shares |= dict(zip(names, share, strict=True))
+        return values
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Send what was measured; leave no hook behind a skipped batch."""
         self._stop_listening()
@@ -227,6 +276,30 @@ class TaperMonitor(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let go of the model after an error too: Lightning calls no teardown then."""
         self._forget()
+
+
+def _watched(pl_module: nn.Module, norms: Mapping[str, nn.Module], residual: str | None) -> dict[str, nn.Module]:
+    """The modules whose inputs' scales are traced: the norms and the residual's, but for those in compiled graphs."""
+    found = dict(norms)
+    if residual is not None and residual not in found:
+        found[residual] = pl_module.get_submodule(residual)
+    compiled = [
+        module
+        for module in pl_module.modules()
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None  # torch.compile's two ways
+    ]
+    hidden = {id(inner) for module in compiled for inner in module.modules()}
+    return {name: module for name, module in found.items() if id(module) not in hidden}
+
+
+def _figures(scales: list[Tensor], none: Tensor) -> Tensor:
+    """Of one norm's scales on this rank: mean, 99.9th percentile, 1, and the largest; (4,) of zeros without any."""
+    if not scales:
+        return none
+    values = torch.cat(scales).float().to(none.device)
+    # The least that 99.9% do not exceed is the last of the few largest: no need to sort the others.
+    few = values.topk(len(values) - -(-len(values) * 999 // 1000) + 1).values
+    return torch.stack((values.mean(), few[-1], torch.ones_like(few[0]), few[0]))
 
 
 def _gains_in_use(norms: dict[str, TaperNorm]) -> dict[str, Tensor]:

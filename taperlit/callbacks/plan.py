@@ -1,5 +1,7 @@
 """The plan of the run under way: callbacks write and read it at the model's gate and do not look for each other."""
 
+from dataclasses import dataclass, field
+
 import lightning as L
 from torch import nn
 
@@ -14,10 +16,30 @@ def forget_plan(pl_module: nn.Module) -> None:
         norm.gate.plan = GatePlan()
 
 
-def boundary_step(trainer: L.Trainer, pl_module: L.LightningModule, at: int | float | None, who: str) -> int:
+@dataclass
+class Boundary:
+    """The step after which statistics freeze: a fixed one, or the end of the warm-up as far as it is known.
+
+    Args:
+        at: the step; None follows the plan.
+        plan: whose ``warmup`` may still rise, see :class:`taperlit.norm.GatePlan`.
+    """
+
+    at: int | None = None
+    plan: GatePlan = field(default_factory=GatePlan)
+
+    @property
+    def step(self) -> int:
+        """The step, as far as it is known now; 0 where there is none."""
+        step = self.plan.warmup if self.at is None else self.at
+        return 0 if step is None else step
+
+
+def find_boundary(trainer: L.Trainer, pl_module: L.LightningModule, at: int | float | None, who: str) -> Boundary:
     """The step after which statistics freeze: ``at``, or the end of the warm-up that a GateSchedule announced.
 
-    Under ``fast_dev_run`` it is 1, so that its few steps go through the boundary.
+    The latter may still move, so ask it in every step. Under ``fast_dev_run`` it is 1, so that its few steps go through
+    the boundary.
 
     Args:
         trainer: of the run.
@@ -30,11 +52,16 @@ def boundary_step(trainer: L.Trainer, pl_module: L.LightningModule, at: int | fl
     """
     gate = shared_gate(pl_module)
     if at is not None:
-        boundary = 1 if trainer.fast_dev_run else resolve_steps(at, trainer.max_steps, f"{who}.at")
+        boundary = Boundary(1 if trainer.fast_dev_run else resolve_steps(at, trainer.max_steps, f"{who}.at"))
     elif gate is not None and gate.plan.warmup is not None:
-        boundary = gate.plan.warmup
+        boundary = Boundary(None, gate.plan)
     else:
         raise TaperlitError(f"{who} needs to know when to freeze: add a GateSchedule to the callbacks, or give it at=.")
-    if boundary < 1:
+    if boundary.step < 1:
         raise TaperlitError(f"{who} has no steps to gather statistics in; make the gate's warm-up at least 1 step.")
     return boundary
+
+
+def boundary_step(trainer: L.Trainer, pl_module: L.LightningModule, at: int | float | None, who: str) -> int:
+    """The step of :func:`find_boundary`, as far as it is known now."""
+    return find_boundary(trainer, pl_module, at, who).step

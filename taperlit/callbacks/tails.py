@@ -1,6 +1,7 @@
 """Report what the mean loss hides: the worst tokens, the quantiles, and where in a block the loss is."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -9,10 +10,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from taperlit.callbacks.submodule import first_input
+from taperlit.callbacks.token_scale import token_scale
 from taperlit.checkpoint import folded
 from taperlit.distributed import data_rank, gather
 from taperlit.errors import TaperlitError
 from taperlit.metrics import TokenLossTails
+from taperlit.norm import TaperNorm, plain_name
+
+PER_LINE = 4  # norms
 
 
 class LossTails(L.Callback):
@@ -23,8 +29,11 @@ class LossTails(L.Callback):
     Norm-free models can be as good as others on average and explode on a few tokens. With a reference also
     ``val/share_risen`` and ``val/tokens_risen``, the tokens that lost more than ``threshold`` nats to it,
     ``val/rise_mean``, ``val/rise_max`` and ``val/reference_nonfinite``. They are defined in
-    :class:`taperlit.metrics.TokenLossTails`. Padding (-100) does not count, and several processes give the figures of
-    one. Losses that are not finite are in every figure, counted, and told in a warning.
+    :class:`taperlit.metrics.TokenLossTails`. Where the model has norms, tapered or not, or what folding left in their
+    place, also ``val/scale_max``: of the ratios of the largest scale (root mean square, or standard deviation for the
+    LayerNorm kind) to the mean one over all tokens at a norm's input, the largest; the table has each norm's. Padding
+    (-100) does not count, and several processes give the figures of one. Losses that are not finite are in every
+    figure, counted, and told in a warning.
 
     The LightningModule's ``validation_step`` (``test_step``) returns the (B, T) losses of a batch's tokens, and its
     batches are (B, T + 1) token blocks, as those of ``LanguageModel``.
@@ -55,6 +64,9 @@ class LossTails(L.Callback):
         self._active = False
         self._model: Any = None  # the reference
         self._tails: list[TokenLossTails] = []  # one per data loader
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._pass: dict[str, Tensor] = {}  # the scales at the norms' inputs in the batch under way
+        self._scales: list[dict[str, Tensor]] = []  # per loader and norm: sum, number and largest, (3,) float64
         self._lines: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -84,11 +96,11 @@ class LossTails(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew."""
-        self._begin(trainer, len(trainer.num_val_batches))
+        self._begin(trainer, pl_module, len(trainer.num_val_batches))
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew."""
-        self._begin(trainer, len(trainer.num_test_batches))
+        self._begin(trainer, pl_module, len(trainer.num_test_batches))
 
     def on_validation_batch_end(
         self,
@@ -130,12 +142,39 @@ class LossTails(L.Callback):
         """Print the table."""
         self._print(trainer)
 
-    def _begin(self, trainer: L.Trainer, loaders: int) -> None:
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule, loaders: int) -> None:
         # On the CPU, whatever the device: there is float64, and a process group for GPUs takes pickled values.
-        if self._active:
-            self._tails = [
-                TokenLossTails(self.threshold, dist_sync_fn=_gather_once(trainer)) for _ in range(max(loaders, 1))
-            ]
+        if not self._active:
+            return
+        self._tails = [
+            TokenLossTails(self.threshold, dist_sync_fn=_gather_once(trainer)) for _ in range(max(loaders, 1))
+        ]
+        self._release()
+        norms = {plain_name(name): module for name, module in pl_module.named_modules() if _is_norm(name, module)}
+        self._scales = [{name: torch.zeros(3, dtype=torch.float64) for name in norms} for _ in self._tails]
+        for name, module in norms.items():
+            hook = partial(self._on_norm, name)
+            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _on_norm(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        h = first_input(module, args, kwargs)
+        if h.is_floating_point() and h.dim() > 1:
+            self._pass[name] = token_scale(module, h.detach())
+
+    def _release(self) -> None:
+        self._pass = {}
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _add_scales(self, counted: Tensor, loader: int) -> None:
+        """Add a batch's scales, but for those of padding, (B, T), where a norm has one per target."""
+        for name, s in self._pass.items():
+            values = (s[counted.to(s.device)] if s.shape == counted.shape else s).double()
+            if values.numel():
+                mine = self._scales[loader][name]
+                mine[:2] += torch.stack((values.sum(), values.new_tensor(values.numel()))).cpu()
+                mine[2] = mine[2].maximum(values.max().cpu())
+        self._pass = {}
 
     @torch.no_grad()
     def _count(self, pl_module: L.LightningModule, step: str, losses: Any, blocks: Any, loader: int) -> None:
@@ -148,8 +187,11 @@ class LossTails(L.Callback):
                 f"LossTails needs {type(pl_module).__name__}.{step} to return the (B, T) losses of the tokens of its "
                 f"(B, T + 1) batch, not a {_kind(losses)} for a {_kind(blocks)}; return them, or leave LossTails out."
             )
+        scales, self._pass = self._pass, {}
         reference = None if self._model is None else self._reference_losses(blocks)
+        self._pass = scales
         self._tails[loader].update(losses, blocks, reference)
+        self._add_scales(blocks[:, 1:] != -100, loader)
 
     def _reference_losses(self, blocks: Tensor) -> Tensor:
         context, size = _number_of(self._model, "block_size"), _number_of(self._model, "vocab_size")
@@ -169,6 +211,9 @@ class LossTails(L.Callback):
         self._lines = []
         for i, tails in enumerate(self._tails):
             figures = tails.compute()
+            ratios = _ratios(trainer, self._scales[i])
+            if ratios:
+                figures["scale_max"] = torch.tensor(max(ratios.values()), dtype=torch.float64)
             name = f"/dataloader_idx_{i}" if len(self._tails) > 1 else ""
             for key, value in figures.items():
                 if value.dim() == 0 and key not in ("tokens", "loss_mean"):  # the module logs its own
@@ -187,8 +232,9 @@ class LossTails(L.Callback):
                     f"{figures['reference_nonfinite']} of {split}'s {figures['tokens']} token losses are not finite in "
                     f"LossTails.reference {self.reference}; they are in no figure that compares."
                 )
-            self._lines += self._table(f"{split}{name}", figures, place)
+            self._lines += [*self._table(f"{split}{name}", figures, place), *_lines_of(ratios)]
         self._tails = []
+        self._release()
 
     def _table(self, title: str, figures: dict[str, Tensor], place: Callable[[Tensor], str]) -> list[str]:
         lines = [f"{title}: losses of {figures['tokens']:,} tokens, in nats"]
@@ -215,12 +261,44 @@ class LossTails(L.Callback):
         self._lines = []
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let go of the reference."""
+        """Let go of the reference and of the norms."""
+        self._release()
         self._forget()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let go of the reference after an error too: Lightning calls no teardown then."""
+        """Let go of the reference and of the norms after an error too: Lightning calls no teardown then."""
+        self._release()
         self._forget()
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    """Whether a module is a norm, or by its name was one before it was folded."""
+    leaf = name.rpartition(".")[2].lower()
+    if module._modules and not isinstance(module, TaperNorm):
+        return False  # a norm has no parts, or is called a norm only after the one within
+    return isinstance(module, TaperNorm | nn.RMSNorm | nn.LayerNorm) or "norm" in leaf or leaf.startswith("ln_")
+
+
+def _ratios(trainer: L.Trainer, scales: dict[str, Tensor]) -> dict[str, float]:
+    """The largest scale over the mean one by norm, over all processes; of what did not run there is none."""
+    parts = list(dict(gather((data_rank(trainer)[0], scales))).values())
+    found = {}
+    for name in scales:
+        total, count, _ = torch.stack([part[name] for part in parts]).sum(0).tolist()
+        largest = max(part[name][2].item() for part in parts)
+        if count:
+            found[name] = largest / (total / count) if total else 1.0
+    return found
+
+
+def _lines_of(ratios: dict[str, float]) -> list[str]:
+    """The ratios, several to a line, in the model's order."""
+    if not ratios:
+        return []
+    worst = max(ratios, key=lambda name: ratios[name])
+    lines = [f"  largest scale / mean at the norms' inputs: {ratios[worst]:.3g} at {worst}; of each:"]
+    shown = [f"{name} {ratio:.3g}" for name, ratio in ratios.items()]
+    return lines + [f"    {', '.join(shown[i : i + PER_LINE])}" for i in range(0, len(shown), PER_LINE)]
 
 
 def _gather_once(trainer: L.Trainer) -> Callable[..., list[Tensor]]:

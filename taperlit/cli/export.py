@@ -1,23 +1,9 @@
 """``taperlit export``: a model for other programs."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
-import torch
-from tokenizers import Tokenizer
-
-from taperlit.checkpoint.folded import LoadedModel, load_model, read_model
-from taperlit.data.tokenizer import end_of_text_id
-from taperlit.decode.onnx_export import export_onnx
-from taperlit.decode.onnx_graph import library
 from taperlit.errors import TaperlitError
-from taperlit.hub.causal_lm import CausalLM
-from taperlit.hub.export import export_transformers, tokenizer_files
-from taperlit.hub.families import as_transformer
-from taperlit.hub.lens import export_lens, hooked_transformer
-from taperlit.norm import tapered_norms
-from taperlit.transformer import Transformer
 
 
 def export(
@@ -49,80 +35,10 @@ def export(
         raise TaperlitError(f"{directory} exists; name another --out or pass --force.")
     if results is not None and to != "transformers":
         raise TaperlitError(f"--results is for the model card of --to transformers; {to} has none.")
-    {"onnx": _to_onnx, "transformers": _to_transformers, "transformer-lens": _to_lens}[to](
-        path, directory, getattr(torch, dtype), results, force
-    )
+    import torch  # here, so that the help and a wrong option are told without it
+
+    from taperlit.cli.exports import TARGETS
+
+    TARGETS[to](path, directory, getattr(torch, dtype), results, force)
     size = sum(file.stat().st_size for file in directory.iterdir())
     print(f"wrote {directory} ({size / 1e6:.1f} MB, {dtype})")
-
-
-def _to_onnx(path: Path, directory: Path, dtype: torch.dtype, results: str | None, force: bool) -> None:
-    for name in ("onnx", "onnxruntime"):  # before a large model is read
-        library(name)
-    loaded = load_model(path)
-    export_onnx(loaded.model, directory, loaded.tokenizer_json, dtype, force)
-    print("compared with the model: prompts and steps agree")
-
-
-def _to_transformers(path: Path, directory: Path, dtype: torch.dtype, results: str | None, force: bool) -> None:
-    figures = None if results is None else _read_figures(Path(results))
-    loaded = _read_folded(path)
-    export_transformers(
-        loaded.model,
-        loaded.structure,
-        directory,
-        tokenizer_json=loaded.tokenizer_json,
-        dtype=dtype,
-        end_of_text=_end_of_text(loaded),
-        results=figures,
-        force=force,
-        report=print,
-    )
-
-
-def _to_lens(path: Path, directory: Path, dtype: torch.dtype, results: str | None, force: bool) -> None:
-    if dtype is not torch.float32:
-        raise TaperlitError(f"Export to transformer-lens has float32, not {str(dtype).removeprefix('torch.')}.")
-    hooked_transformer()  # before a large model is read
-    loaded = _read_folded(path)
-    files = tokenizer_files(_carried(loaded), loaded.tokenizer_json, _end_of_text(loaded))
-    export_lens(as_transformer(loaded.model), directory, files, force)
-    print("compared with the model: logits agree")
-
-
-def _read_folded(path: Path) -> LoadedModel[Transformer | CausalLM]:
-    loaded = read_model(path)
-    if loaded.structure is None:
-        raise TaperlitError(
-            f"{path} is not folded; run `taperlit fold --ckpt {path}` and export what it writes."
-            if tapered_norms(loaded.model)
-            else f"{path} has its norms as they were, so there is nothing to export; train it with --model.taper."
-        )
-    return loaded
-
-
-def _carried(loaded: LoadedModel[Transformer | CausalLM]) -> dict[str, str]:
-    return loaded.model.origin.files if isinstance(loaded.model, CausalLM) else {}
-
-
-def _end_of_text(loaded: LoadedModel[Transformer | CausalLM]) -> str | None:
-    """The tokenizer's token that ends a text; None where there is no tokenizer, or no such token."""
-    if loaded.tokenizer_json is None:
-        return None
-    tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
-    try:
-        return tokenizer.id_to_token(end_of_text_id(tokenizer))
-    except TaperlitError:
-        return None
-
-
-def _read_figures(path: Path) -> dict[str, float]:
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TaperlitError(f"--results {path} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(figures, dict) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in figures.values()
-    ):
-        raise TaperlitError(f'--results {path} is no JSON object of numbers, such as {{"loss before": 3.01}}.')
-    return figures

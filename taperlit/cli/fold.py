@@ -4,14 +4,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
-from taperlit.checkpoint.folded import load_checkpoint, write_folded
 from taperlit.errors import TaperlitError
-from taperlit.folding import fold, refuse_pointwise
-from taperlit.norm import tapered_norms
-from taperlit.structure import describe, untie
-from taperlit.transformer import Transformer
 
 CHECKED_TOKENS = 64  # at most: each is a float64 forward pass, of which one shows a wrong fold as well as many
 
@@ -37,10 +30,20 @@ def fold_checkpoint(
     directory = Path(out) if out is not None else Path(ckpt).with_name(f"{Path(ckpt).stem}-folded")
     if directory.exists() and not force:
         raise TaperlitError(f"{directory} exists; name another --out or pass --force.")
+    # Here, so that the help and a wrong option are told without torch.
+    from taperlit.checkpoint.folded import load_checkpoint, write_folded
+    from taperlit.folding import fold, refuse_pointwise
+    from taperlit.norm import tapered_norms
+    from taperlit.stress.probe import brief_line
+    from taperlit.structure import describe, untie
+    from taperlit.transformer import Transformer
+
     loaded = load_checkpoint(ckpt)
     model = loaded.model
     refuse_pointwise(model)
-    sizes = {name: _parameters(norm) for name, norm in tapered_norms(model).items()}
+    norms = tapered_norms(model)
+    sizes = {name: sum(math.prod(p.shape) for p in norm.parameters(recurse=False)) for name, norm in norms.items()}
+    del norms
     if not sizes:
         raise TaperlitError(f"{ckpt} has no tapered norms (model.taper is none), so there is nothing to fold.")
     if loaded.sample is None:
@@ -60,7 +63,4 @@ def fold_checkpoint(
     print(f"removed {len(gone)} norms with {sum(sizes[name] for name in gone)} parameters:")
     print("\n".join(f"  {line}" for line in describe(structure)))
     print(f"wrote {directory}")
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(math.prod(parameter.shape) for parameter in module.parameters(recurse=False))
+    print(brief_line(model, blocks[:, :-1], loaded.tokenizer_json)[0])

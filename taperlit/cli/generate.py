@@ -2,23 +2,13 @@
 
 import json
 import os
-import random
 import sys
 import time
-from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from tokenizers import Tokenizer
+from typing import Literal
 
 from taperlit.checkpoint.atomic import write_file
-from taperlit.checkpoint.folded import load_model
 from taperlit.cli.options import Texts
-from taperlit.data.tokenizer import end_of_text_id
-from taperlit.decode.engine import Engine
-from taperlit.decode.sampling import Sampling
-from taperlit.decode.text import TextStream
 from taperlit.errors import TaperlitError
 
 
@@ -72,14 +62,34 @@ def generate(
         TaperlitError: an unusable model, or one without a tokenizer; no prompt, an empty one or one longer than the
             model's context; an option out of its range; or ``out`` exists or cannot be written.
     """
+    # Here, so that the help and a wrong option are told without torch.
+    import torch
+    from tokenizers import Tokenizer
+
+    from taperlit.checkpoint.folded import load_model
+    from taperlit.cli.prompts import (
+        Job,
+        continue_all,
+        encode,
+        find_device,
+        print_as_it_comes,
+        print_in_order,
+        read_prompts,
+        stop_ids,
+        tell,
+    )
+    from taperlit.data.tokenizer import end_of_text_id
+    from taperlit.decode.engine import Engine
+    from taperlit.decode.sampling import Sampling
+
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     for option, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise TaperlitError(f"{option} is {value}; give 1 or more.")
-    texts = [*(prompt or []), *(_read_prompts(Path(prompts)) if prompts is not None else [])]
+    texts = [*(prompt or []), *(read_prompts(Path(prompts)) if prompts is not None else [])]
     if not texts:
         raise TaperlitError("There is nothing to continue; give --prompt TEXT or --prompts FILE.")
-    place = _device(device)
+    place = find_device(device)
     number_type = getattr(torch, dtype or ("bfloat16" if place.type == "cuda" else "float32"))
     if out is not None:
         _check_writable(Path(out))
@@ -87,23 +97,23 @@ def generate(
     if loaded.tokenizer_json is None:
         raise TaperlitError(f"{model} has no tokenizer; fold a checkpoint that was trained with text data.")
     tokenizer, config = Tokenizer.from_str(loaded.tokenizer_json), loaded.model.config
-    ends = {end_of_text_id(tokenizer), *_stop_ids(tokenizer, stop or [], stop_tokens, config.vocab_size)}
+    ends = {end_of_text_id(tokenizer), *stop_ids(tokenizer, stop or [], stop_tokens, config.vocab_size)}
     names = ["The prompt"] if len(texts) == 1 else [f"Prompt {number}" for number in range(1, len(texts) + 1)]
     jobs = [
-        Job(text, _encode(tokenizer, text, name, config.block_size), tokenizer, ends, max_new_tokens, config.block_size)
+        Job(text, encode(tokenizer, text, name, config.block_size), tokenizer, ends, max_new_tokens, config.block_size)
         for name, text in zip(names, texts, strict=True)
     ]
     batch_size, length = min(batch_size, len(jobs)), max(job.slots for job in jobs)
     size = Engine.cache_bytes(config, batch_size, length, place, number_type)
-    _tell(f"the cache takes {size / 1e6:.1f} MB: {batch_size} x {length} tokens")
+    tell(f"the cache takes {size / 1e6:.1f} MB: {batch_size} x {length} tokens")
     engine = Engine(loaded.model, batch_size, length, place, number_type, backend=backend)
     start = time.perf_counter()
-    progress = _continue(engine, jobs, sampling, ends, seed)
+    progress = continue_all(engine, jobs, sampling, ends, seed)
     try:
         if len(jobs) == 1:
-            _print_as_it_comes(jobs[0], progress)
+            print_as_it_comes(jobs[0], progress)
         else:
-            _print_in_order(jobs, progress)
+            print_in_order(jobs, progress)
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at the end goes there
         raise TaperlitError("nobody reads the standard output any more.") from error
@@ -113,163 +123,9 @@ def generate(
         write_file(Path(out), lambda partial: partial.write_text(lines, encoding="utf-8"))
     if full := [name for name, job in zip(names, jobs, strict=True) if job.ended == "context"]:
         which = "" if len(jobs) == 1 else f" with the texts of {', '.join(full).lower()}"
-        _tell(f"the model's context of {config.block_size} tokens is full{which}")
+        tell(f"the model's context of {config.block_size} tokens is full{which}")
     tokens = sum(len(job.stream.tokens) for job in jobs)
-    _tell(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s")
-
-
-class Job:
-    """A prompt and the text that continues it.
-
-    Args:
-        prompt: as text.
-        ids: as tokens.
-        tokenizer: of both.
-        ends: token ids that end the text.
-        max_new_tokens: most tokens of it.
-        block_size: the model's context; the token after it is the last that a model can tell.
-    """
-
-    def __init__(
-        self,
-        prompt: str,
-        ids: list[int],
-        tokenizer: Tokenizer,
-        ends: Collection[int],
-        max_new_tokens: int,
-        block_size: int,
-    ) -> None:
-        self.prompt, self.ids = prompt, ids
-        limit = min(max_new_tokens, block_size - len(ids) + 1)
-        self.short = limit < max_new_tokens
-        self.slots = len(ids) + limit - 1  # the last token is not read
-        self.stream = TextStream(tokenizer, ids, ends, limit)
-
-    @property
-    def so_far(self) -> list[int]:
-        """Prompt and text."""
-        return self.ids + self.stream.tokens
-
-    @property
-    def left(self) -> int:
-        """Most tokens to come."""
-        return self.slots + 1 - len(self.so_far)
-
-    @property
-    def ended(self) -> Literal["stop", "length", "context"] | None:
-        """Why it is whole, if so."""
-        return "context" if self.short and self.stream.ended == "length" else self.stream.ended
-
-    def record(self) -> dict[str, Any]:
-        """A line of the file."""
-        stream = self.stream
-        return {"prompt": self.prompt, "text": stream.text, "tokens": stream.tokens, "ended": self.ended}
-
-
-def _continue(engine: Engine, jobs: list[Job], sampling: Sampling, ends: Collection[int], seed: int) -> Iterator[None]:
-    """Continue all prompts, in batches of similar lengths; yields whenever some tokens have come."""
-    seeds = random.Random(str(seed))  # one per batch, or batches of the same prompt would have the same texts
-    waiting = sorted(jobs, key=lambda job: len(job.ids))
-    while waiting:
-        batch, waiting = waiting[: engine.batch_size], waiting[engine.batch_size :]
-        prompts, steps = [job.so_far for job in batch], max(job.left for job in batch)
-        for block in engine.stream(prompts, steps, sampling, ends, seeds.getrandbits(63)):
-            for job, tokens in zip(batch, block.t().tolist(), strict=True):
-                job.stream.take(tokens)
-            yield
-        # A longer row may fill the cache when a shorter one has not ended: that one goes on in another batch.
-        waiting = sorted([*waiting, *(job for job in batch if not job.ended)], key=lambda job: len(job.so_far))
-
-
-def _print_as_it_comes(job: Job, progress: Iterator[None]) -> None:
-    print(job.prompt, end="", flush=True)
-    for _ in progress:
-        print(job.stream.piece(), end="", flush=True)
-    print(job.stream.rest())
-
-
-def _print_in_order(jobs: list[Job], progress: Iterator[None]) -> None:
-    """Print each text when it and those before it are whole."""
-    shown = 0
-    for _ in progress:
-        while shown < len(jobs) and jobs[shown].ended:
-            job = jobs[shown]
-            shown += 1
-            print(f"== {shown}/{len(jobs)}\n{job.prompt}{job.stream.text}", flush=True)
-
-
-def _tell(line: str) -> None:
-    print(f"taperlit: {line}", file=sys.stderr, flush=True)
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """The prompts in a file; see :func:`generate`.
-
-    Raises:
-        TaperlitError: there is none of that name, or what it holds is not prompts.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaperlitError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    if not lines[-1]:
-        lines.pop()
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        prompt: Any = line
-        if path.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TaperlitError(f"{path}, line {number}, is no JSON: {error}.") from error
-            prompt = next((row[key] for key in ("prompt", "text") if key in row), None) if type(row) is dict else None
-        if not isinstance(prompt, str):
-            raise TaperlitError(f"{path}, line {number}, has no `prompt` or `text` that is a string; give it one.")
-        if not prompt:
-            raise TaperlitError(f"{path}, line {number}, is empty; give it at least one character or leave it out.")
-        prompts.append(prompt)
-    return prompts
-
-
-def _encode(tokenizer: Tokenizer, prompt: str, name: str, block_size: int) -> list[int]:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise TaperlitError(f"{name} is not UTF-8; give it as such.") from error
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    if not ids:
-        raise TaperlitError(f"{name} has no tokens; give it at least one character.")
-    if len(ids) > block_size:
-        raise TaperlitError(f"{name} has {len(ids)} tokens, and the model's context is {block_size}; shorten it.")
-    return ids
-
-
-def _stop_ids(tokenizer: Tokenizer, texts: list[str], ids: int | list[int] | None, vocab_size: int) -> Iterator[int]:
-    for text in texts:
-        tokens = tokenizer.encode(text, add_special_tokens=False).ids
-        if len(tokens) != 1:
-            raise TaperlitError(
-                f"stop {text!r} is {len(tokens)} tokens of this tokenizer, and a text ends at a single one; give one "
-                "that is, or its id with --stop_tokens."
-            )
-        yield tokens[0]
-    for token in [ids] if isinstance(ids, int) else ids or []:
-        if not 0 <= token < vocab_size:
-            raise TaperlitError(f"stop_tokens has {token}; the model's tokens are 0 to {vocab_size - 1}.")
-        yield token
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise TaperlitError(f"There is no device {name!r}; give auto, cpu or cuda.") from error
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < there):
-        raise TaperlitError(f"There is no device {name!r} here for decoding; give cpu{' or cuda' if there else ''}.")
-    return device
+    tell(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s")
 
 
 def _check_writable(path: Path) -> None:

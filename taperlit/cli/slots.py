@@ -12,10 +12,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from taperlit.callbacks import (
     AlignmentFreeze,
+    BoundedWrites,
+    EqualRows,
     FakeLNSchedule,
     FiniteGuard,
     FirstPosition,
     FoldOnEnd,
+    GateHold,
     GateSchedule,
     LossTails,
     RngState,
@@ -23,6 +26,7 @@ from taperlit.callbacks import (
     ScaleAnchor,
     ShrinkMassive,
     StepProgressBar,
+    TailPenalty,
     TaperMonitor,
     TokenThroughput,
 )
@@ -59,10 +63,20 @@ class Slot(NamedTuple):
 _GATED = ("attention", "internal", "all")  # a gate moves
 SLOTS = {
     "gate": Slot("moves the gate", GateSchedule, {}, _GATED),
+    "hold": Slot("lets the gate wait when training leaves its band", GateHold, {}, _GATED, on=False),
     "alignment": Slot("freezes the alignment scalars", AlignmentFreeze, {}, _GATED),
     "first": Slot("gives position 0 a scalar of its own for a while", FirstPosition, {}, _GATED, on=False),
     "massive": Slot("shrinks the units that write massive activations", ShrinkMassive, {}, _GATED, on=False),
+    "rows": Slot("keeps the rows of the token embedding at one norm", EqualRows, {}, on=False),
+    "writes": Slot("bounds what one direction writes to the residual stream", BoundedWrites, {}, on=False),
     "anchor": Slot("adds the scale loss", ScaleAnchor, {"module": "model.final_norm"}, _GATED),
+    "tail": Slot(
+        "holds down tokens of many times the mean scale",
+        TailPenalty,
+        {"residual": "model.final_norm"},
+        _GATED,
+        on=False,
+    ),
     "fakeln": Slot("freezes the denominators, one norm after the other", FakeLNSchedule, {}, ("fakeln",)),
     "fold": Slot("writes the folded model at the end", FoldOnEnd, {"module": "model"}, (*_GATED, "fakeln")),
     "monitor": Slot("logs the taper's traces", TaperMonitor, {"residual": "model.final_norm", "logits": "model.head"}),

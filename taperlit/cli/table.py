@@ -34,6 +34,7 @@ COMMANDS = {
     "export": Command(
         "write a folded model for transformers, TransformerLens or onnxruntime", "taperlit.cli.export", "export"
     ),
+    "stress": Command("try a model on tokens and prompts that no text has", "taperlit.cli.stress", "stress_model"),
     "report": Command("write an HTML page about runs", "taperlit.cli.report", "report", True),
     "bench": Command("measure decoding, training or folding here, in turns", "taperlit.cli.bench", "bench", True),
 }

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taperlit.decode.layout import Layouts
 from taperlit.decode.norms import Norm, RmsForm, read_norm
 from taperlit.decode.product import Product, make_product
 from taperlit.errors import TaperlitError
+from taperlit.transformer import MLP_KINDS, Linear, Transformer, TransformerConfig
 from taperlit.transformer import Block as TransformerBlock
-from taperlit.transformer import Linear, Transformer, TransformerConfig
 
 Attend = Callable[[int, Tensor], Tensor]
 """Attention of a layer, given (N, n, D) queries, keys and values, rotated; returns (N, H D)."""
@@ -34,7 +33,7 @@ class Block:
         mlp_norm: before the MLP, or None.
         up: d_model to 2 f (gate, then up) or to f.
         down: f to d_model.
-        gated: SwiGLU; else GELU.
+        mlp: its kind in ``MLP_KINDS``.
         d_head: D.
         n_turned: H + K, the heads that rotary positions turn.
     """
@@ -45,7 +44,7 @@ class Block:
     mlp_norm: Norm | None
     up: Product
     down: Product
-    gated: bool
+    mlp: str
     d_head: int
     n_turned: int
 
@@ -56,11 +55,12 @@ class Block:
         attended = attend(layer, qkv if turn is None else rotate(qkv, self.n_turned, turn))
         x = self.o.added_to(x, attended if attended.dtype == x.dtype else attended.to(x.dtype))
         y = self.up(x if self.mlp_norm is None else self.mlp_norm(x))
-        if self.gated:
+        activation, gated = MLP_KINDS[self.mlp]
+        if gated:
             gate, up = y.chunk(2, -1)
-            y = F.silu(gate) * up
+            y = activation(gate) * up
         else:
-            y = F.gelu(y, approximate="tanh")
+            y = activation(y)
         return self.down.added_to(x, y)
 
 
@@ -207,7 +207,7 @@ def read_decoder(
                 mlp_norm=norm(f"{at}.mlp_norm", block.mlp_norm),
                 up=product("up", {name: module for name, module in up.items() if module is not None}),
                 down=product("down", {f"{at}.mlp.down_proj": mlp.down_proj}),
-                gated=mlp.gate_proj is not None,
+                mlp=mlp.kind,
                 d_head=D,
                 n_turned=config.n_head + config.kv_heads,
             )

@@ -22,7 +22,7 @@ def shapes_of(config: TransformerConfig) -> dict[str, tuple[int, int]]:
     return {
         "qkv": ((config.n_head + 2 * config.kv_heads) * D, d),
         "o": (d, config.n_head * D),
-        "up": (2 * f if config.mlp == "swiglu" else f, d),
+        "up": (2 * f if config.gated_mlp else f, d),
         "down": (d, f),
         "head": (config.vocab_size, d),
     }

@@ -136,7 +136,7 @@ def read_norm(name: str, module: nn.Module, like: Tensor, form: RmsForm) -> Norm
         c.expand(like.shape[-1]).to(like) if scale is None else scale, cast(module.taper_bias), kind.centred
     )
     module.gate.refresh()
-    g = module.own_share if isinstance(module, FakeLN) else module.gate.value.item()
+    g = module.own_share if isinstance(module, FakeLN) else module.own_gate.item()
     if g < 1 and module.gate.first is not None and module.gate.first.item() > 0:
         raise TaperlitError(
             f"{name} scales position 0 apart from the others, which decoding does not know; train on until "

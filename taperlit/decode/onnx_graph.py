@@ -17,6 +17,7 @@ from taperlit.decode.decoder import Decoder
 from taperlit.decode.norms import Blend, FusedRmsNorm, LayerNorm, LinearMap, Norm
 from taperlit.decode.product import Product
 from taperlit.errors import TaperlitError
+from taperlit.transformer import MLP_KINDS
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 OPSET, IR_VERSION = 23, 10  # the first opset with RMSNormalization
@@ -187,11 +188,11 @@ def _write_nodes(graph: Graph, decoder: Decoder) -> None:
         o = Product(_pad_heads(Product(block.o.weight.t(), None), d_head, D).weight.t(), block.o.bias)
         x = _product(graph, f"{at}.o", o, add("Reshape", y, attended_rows), x)
         y = _product(graph, f"{at}.up", block.up, _norm(graph, f"{at}.mlp_norm", block.mlp_norm, x, config.d_model))
-        if block.gated:
+        if MLP_KINDS[block.mlp].gated:
             gate = add("Split", y, outputs=[f"{at}.gate", f"{at}.value"], axis=-1, num_outputs=2)
-            y = add("Mul", add("QuickGelu", gate, domain=CONTRIB, alpha=1.0), f"{at}.value")  # at alpha 1 it is SiLU
+            y = add("Mul", _activation(graph, f"{at}.mlp", block.mlp, gate), f"{at}.value")
         else:
-            y = add("Gelu", y, approximate="tanh")
+            y = _activation(graph, f"{at}.mlp", block.mlp, y)
         x = _product(graph, f"{at}.down", block.down, y, x)
 
     # Only the last token of each row goes on; where T is 1 the row may be long, and where it is padded it is shorter.
@@ -203,6 +204,20 @@ def _write_nodes(graph: Graph, decoder: Decoder) -> None:
     if decoder.head.bias is not None:
         head.append(graph.tensor("head.bias", decoder.head.bias))
     add("Gemm", x, *head, outputs=["logits"], transB=1)
+
+
+def _activation(graph: Graph, name: str, mlp: str, x: str) -> str:
+    """What a kind of MLP does between its linear maps, one operation of onnxruntime."""
+    match mlp:
+        case "swiglu":
+            return graph.add("QuickGelu", x, domain=CONTRIB, alpha=1.0)  # at alpha 1 it is SiLU
+        case "glu":
+            return graph.add("Sigmoid", x)
+        case "gelu":
+            return graph.add("Gelu", x, approximate="tanh")
+        case "relu":
+            return graph.add("Relu", x)
+    raise TaperlitError(f"{name} is of the kind {mlp}, which ONNX export does not know.")
 
 
 def _pad_heads(product: Product, d_head: int, D: int) -> Product:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ class Family:
         fixed: the fields of our config that the family has no choice in.
         neutral: fields of its config that must have one of these values, the first where it says nothing: the others
             are features that ours has not.
+        act: the field of its config that holds the MLP's activation.
+        acts: by our kind of MLP, the activations that make it, the first of which is written; the first of all is where
+            the config says nothing.
         made: further fields of a config that is made for it.
         rotary: the module that makes its rotary positions, or None where they are learned.
     """
@@ -54,6 +57,8 @@ class Family:
     fields: dict[str, tuple[str, ...]]
     fixed: dict[str, Any]
     neutral: dict[str, tuple[Any, ...]]
+    acts: dict[str, tuple[str, ...]]
+    act: str = "hidden_act"
     made: dict[str, Any] = field(default_factory=dict)
     rotary: str | None = None
 
@@ -77,7 +82,7 @@ class Family:
             value = theirs.get(name, values[0])
             if any(one not in values for one in (value if isinstance(value, list) else [value])):
                 self._refuse(f"{name} is {value!r}, not {' or '.join(map(repr, values))}")
-        fields = dict(self.fixed)
+        fields = {**self.fixed, "mlp": self._read_mlp(theirs)}
         for ours, names in self.fields.items():
             if any(theirs.get(name) != theirs.get(names[0]) for name in names):
                 self._refuse(" and ".join(f"{name} {theirs.get(name)!r}" for name in names) + " differ")
@@ -88,6 +93,12 @@ class Family:
         if self.rotary is not None:
             fields |= self._read_rope(theirs)
         return TransformerConfig(**fields)
+
+    def _read_mlp(self, theirs: Mapping[str, Any]) -> str:
+        kinds = {name: mlp for mlp, names in self.acts.items() for name in names}
+        if (name := theirs.get(self.act, next(iter(kinds)))) not in kinds:
+            self._refuse(f"{self.act} is {name!r}, not {' or '.join(map(repr, kinds))}")
+        return kinds[name]
 
     def _read_rope(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
         # transformers 5 has one dictionary for all of it, 4 has the base outside of it.
@@ -108,13 +119,15 @@ class Family:
         theirs = {"model_type": self.model_type, "architectures": [self.lm], **self.made}
         for ours, names in self.fields.items():
             theirs |= dict.fromkeys(names, getattr(config, ours))
+        if config.mlp in self.acts:
+            theirs[self.act] = self.acts[config.mlp][0]
         if self.rotary is not None:
             theirs["rope_theta"] = config.rope_theta
             if config.rope_scaling is not None:
                 theirs["rope_scaling"] = {"rope_type": "llama3", **config.rope_scaling}
         return theirs
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         raise TaperlitError(
             f"{self.lm} cannot become taperlit's Transformer: {what} in its config; run it as it is, with "
             "transformers' own generate()."
@@ -134,13 +147,12 @@ _SIZES = {
 }
 _NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _ATTENTION = {"layer_types": ("full_attention", "sliding_attention")}  # in a context that a window has room for
-_SILU = {"hidden_act": ("silu", "swish"), **_ATTENTION}
-_GELU = ("gelu_new", "gelu_pytorch_tanh")
+_GATED = {"swiglu": ("silu", "swish"), "glu": ("sigmoid",)}
 _LLAMA_MODULES = {"model.embed_tokens": "tok_embed", "model.norm": "final_norm", "lm_head": "head"}
 _LLAMA_NORMS = {"input_layernorm": ("attn_norm",), "post_attention_layernorm": ("mlp_norm",)}
 _LLAMA_ATTENTION = {f"self_attn.{name}": (f"attn.{name}",) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 _LLAMA_MLP = {f"mlp.{name}": (f"mlp.{name}",) for name in ("gate_proj", "up_proj", "down_proj")}
-_LLAMA = {"norm": "rmsnorm", "position": "rope", "mlp": "swiglu"}
+_LLAMA = {"norm": "rmsnorm", "position": "rope"}
 
 LLAMA = Family(
     model_type="llama",
@@ -157,7 +169,8 @@ LLAMA = Family(
         "qkv_bias": ("attention_bias",),
     },
     fixed=_LLAMA,
-    neutral=_SILU,
+    neutral=_ATTENTION,
+    acts=_GATED,
     made=_NO_TOKENS,
     rotary="model.rotary_emb",
 )
@@ -170,7 +183,8 @@ MISTRAL = Family(
     block={**_LLAMA_NORMS, **_LLAMA_ATTENTION, **_LLAMA_MLP},
     fields={**_SIZES, "norm_eps": ("rms_norm_eps",)},
     fixed={**_LLAMA, "bias": False},
-    neutral=_SILU,
+    neutral=_ATTENTION,
+    acts=_GATED,
     made={**_NO_TOKENS, WINDOW: None},
     rotary="model.rotary_emb",
 )
@@ -183,7 +197,8 @@ QWEN2 = Family(
     block={**_LLAMA_NORMS, **_LLAMA_ATTENTION, **_LLAMA_MLP},
     fields={**_SIZES, "norm_eps": ("rms_norm_eps",)},
     fixed={**_LLAMA, "bias": False, "qkv_bias": True},
-    neutral=_SILU,
+    neutral=_ATTENTION,
+    acts=_GATED,
     made=_NO_TOKENS,
     rotary="model.rotary_emb",
 )
@@ -202,7 +217,8 @@ PHI3 = Family(
     },
     fields={**_SIZES, "norm_eps": ("rms_norm_eps",)},
     fixed={**_LLAMA, "bias": False},
-    neutral=_SILU,
+    neutral=_ATTENTION,
+    acts=_GATED,
     made=_NO_TOKENS,
     rotary="model.rotary_emb",
 )
@@ -214,8 +230,9 @@ STARCODER2 = Family(
     blocks="model.layers",
     block={**_LLAMA_NORMS, **_LLAMA_ATTENTION, "mlp.c_fc": ("mlp.up_proj",), "mlp.c_proj": ("mlp.down_proj",)},
     fields={**_SIZES, "norm_eps": ("norm_epsilon",), "bias": ("use_bias",), "qkv_bias": ("use_bias",)},
-    fixed={"norm": "layernorm", "position": "rope", "mlp": "gelu"},
-    neutral={"hidden_act": _GELU, **_ATTENTION},
+    fixed={"norm": "layernorm", "position": "rope"},
+    neutral=_ATTENTION,
+    acts={"gelu": ("gelu_pytorch_tanh", "gelu_new"), "relu": ("relu",)},
     made=_NO_TOKENS,
     rotary="model.rotary_emb",
 )
@@ -248,13 +265,14 @@ GPT2 = Family(
         "norm_eps": ("layer_norm_epsilon",),
         "tied": ("tie_word_embeddings",),
     },
-    fixed={"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True},
+    fixed={"norm": "layernorm", "position": "learned", "bias": True},
     neutral={
-        "activation_function": _GELU,
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
+    acts={"gelu": ("gelu_new", "gelu_pytorch_tanh"), "relu": ("relu",)},
+    act="activation_function",
     made=_NO_TOKENS,
 )
 

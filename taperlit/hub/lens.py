@@ -26,6 +26,7 @@ WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json
 ROTARY = "rotary.frequencies"
 TOLERANCE = 1e-4  # of the largest logit: float32 through many layers
 CHECKED_TOKENS = 32
+ACTIVATIONS = {"swiglu": "silu", "gelu": "gelu_new", "relu": "relu"}  # by TransformerConfig.mlp; it has no sigmoid
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def export_lens(
         force: replace a directory that exists.
 
     Raises:
-        TaperlitError: a norm is left, which is named; the MLP has biases that TransformerLens' has not;
+        TaperlitError: a norm is left, which is named; the MLP is of a kind or has biases that TransformerLens' has not;
             transformer-lens 3 is not installed; the logits differ; or the directory exists or cannot be written.
     """
     hooked_transformer()
@@ -170,7 +171,16 @@ def check_no_norms(model: Transformer) -> None:
 
 
 def hooked_config(config: TransformerConfig) -> dict[str, Any]:
-    """The fields of a ``HookedTransformerConfig``, as JSON has them."""
+    """The fields of a ``HookedTransformerConfig``, as JSON has them.
+
+    Raises:
+        TaperlitError: it has no such MLP.
+    """
+    if config.mlp not in ACTIVATIONS:
+        raise TaperlitError(
+            f"TransformerLens has no MLP of the kind {config.mlp}, only {', '.join(ACTIVATIONS)}; "
+            "export --to transformers."
+        )
     fields: dict[str, Any] = {
         "n_layers": config.n_layer,
         "d_model": config.d_model,
@@ -180,8 +190,8 @@ def hooked_config(config: TransformerConfig) -> dict[str, Any]:
         "n_key_value_heads": config.kv_heads if config.kv_heads != config.n_head else None,
         "d_mlp": config.d_inner,
         "d_vocab": config.vocab_size,
-        "act_fn": "silu" if config.mlp == "swiglu" else "gelu_new",
-        "gated_mlp": config.mlp == "swiglu",
+        "act_fn": ACTIVATIONS[config.mlp],
+        "gated_mlp": config.gated_mlp,
         "normalization_type": None,
         "positional_embedding_type": "standard" if config.position == "learned" else "rotary",
         "model_name": "taperlit",

@@ -37,6 +37,7 @@ MAIN = (
     Group("gate g", ("taper/(gate)",), monitored=True),
     Group("alignment scalars c", (r"taper/alignment/(.+)",), log=True, ramp=True, monitored=True),
     Group("scales", ("taper/(pre_logit_rms)", "taper/(logit_norm)"), log=True, monitored=True),
+    Group("largest scale over the mean", ("taper/(scale_max)",), note="of all norms' inputs", log=True, monitored=True),
     Group(
         "radial gradient", ("taper/(radial_gradient)",), note="of the loss at the pre-logit residual", monitored=True
     ),
@@ -46,6 +47,9 @@ MAIN = (
 )
 OTHERS = (
     Group("scale loss", ("train/(scale_loss)",), log=True),
+    Group("largest scale over the mean, by norm", (r"taper/scale_max/(.+)",), log=True, ramp=True),
+    Group("99.9% scale over the mean, by norm", (r"taper/scale_p999/(.+)",), log=True, ramp=True),
+    Group("penalty on tails", ("train/(tail_loss)", "train/(tail_loss_random)"), log=True),
     Group("tails of the token losses", ("val/(loss_median)", "val/(loss_p999)", "val/(loss_max)"), note="nats"),
     Group("loss by position", ("val/loss_at/(.+)",), note="validation, nats", ramp=True),
     Group("mean gain", ("taper/gain_mean/(.+)",), log=True, ramp=True),

@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import subprocess
 import sys
 import time
 import types
@@ -11,7 +12,7 @@ import pytest
 
 from taperlit.cli import main
 from taperlit.cli.options import Texts
-from taperlit.cli.table import COMMANDS, Command
+from taperlit.cli.table import COMMANDS, TRAINER, Command
 from taperlit.errors import TaperlitError
 
 
@@ -22,6 +23,22 @@ def test_every_row_names_a_function_that_is_there(name):
     parameters = list(inspect.signature(function).parameters.values())
     assert len(parameters) == 2 if command.parses else all(p.annotation is not p.empty for p in parameters)
     assert inspect.getdoc(function)
+
+
+@pytest.mark.parametrize("word", ["--help", "--nothing=1"])
+def test_only_the_trainer_imports_torch_before_its_options_are_read(word):
+    names = [name for name, command in COMMANDS.items() if command.module != TRAINER[0]]
+    program = """
+import contextlib, io, sys
+from taperlit.cli import main
+for name in sys.argv[2:]:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main([name, sys.argv[1]])
+    print(name, sorted({"torch", "lightning", "transformers"} & {*sys.modules}))
+"""
+    told = subprocess.run([sys.executable, "-c", program, word, *names], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == [f"{name} []" for name in names]
+    assert told.stderr.count("\n") == (len(names) if word != "--help" else 0)
 
 
 @pytest.fixture

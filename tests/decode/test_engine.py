@@ -14,7 +14,7 @@ from taperlit.errors import TaperlitError
 from taperlit.folding import fold
 from taperlit.norm import shared_gate, tapered_norms
 from taperlit.surgery import taper
-from taperlit.transformer import PRESETS, Transformer, TransformerConfig
+from taperlit.transformer import MLP_KINDS, PRESETS, Transformer, TransformerConfig
 
 SMALL = dict(vocab_size=98, block_size=24, n_layer=2, d_model=32, d_ff=48)
 KINDS = ("normalized", "explicit", "folded")
@@ -64,6 +64,29 @@ def test_tokens_of_every_preset_are_those_of_full_passes(preset, kind):
     kv = PRESETS[preset].get("n_kv_head", heads)
     # As many queries per key as the preset has, at two heads' width.
     model = build(kind, preset, n_head=4 if kv < heads else 2, n_kv_head=2)
+    prompts = prompts_of([5, 1, 9])
+    engine = Engine(model, batch_size=3, layout="columns", rms_form="composed")
+    assert engine.generate(prompts, 10) == [greedy(model, prompt, 10) for prompt in prompts]
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mlp", [mlp for mlp in MLP_KINDS if mlp != "swiglu"])  # which small_1m has
+def test_tokens_of_every_mlp_are_those_of_full_passes(mlp, kind, backend):
+    model = build(kind, mlp=mlp)
+    prompts = prompts_of([5, 1, 9])
+    engine = Engine(model, batch_size=3, backend=backend, layout="rows", rms_form="fused")
+    assert engine.generate(prompts, 10) == [greedy(model, prompt, 10) for prompt in prompts]
+
+
+@pytest.mark.parametrize("g", [0.8, 0.4, 0.1])
+def test_norms_with_gates_of_their_own(g):
+    """At 0.8 some are still norms, at 0.1 some are linear already."""
+    model = build("explicit")
+    norms = list(tapered_norms(model).values())
+    for norm, stage in zip(norms, [(1.0, 0.7), (0.7, 0.3), None, (0.5, 0.2), (0.2, 0.0)], strict=True):
+        norm.set_stage(stage)
+    shared_gate(model).set(g)
     prompts = prompts_of([5, 1, 9])
     engine = Engine(model, batch_size=3, layout="columns", rms_form="composed")
     assert engine.generate(prompts, 10) == [greedy(model, prompt, 10) for prompt in prompts]

@@ -26,6 +26,8 @@ MODELS = {
     "gpt2": {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True, "tied": True},
     "grouped": {"n_head": 4, "n_kv_head": 2, "d_model": 64, "tied": True},
     "wide": {"n_head": 4, "n_kv_head": 2, "d_head": 12, "qkv_bias": True, "rope_scaling": SCALING},
+    "glu": {"mlp": "glu", "bias": True},
+    "relu": {"norm": "layernorm", "mlp": "relu"},
     "narrow": {"n_head": 4, "n_kv_head": 1, "d_model": 40, "bias": True},  # heads of 10, which have to be padded
 }
 GATES = {"normalized": 1.0, "blended": 0.4, "explicit": 0.0, "folded": 0.0}
@@ -214,7 +216,7 @@ def test_what_is_not_installed_is_named(build, monkeypatch, tmp_path, missing):
 
 
 def test_neither_is_imported_before_it_is_used():
-    program = "import sys, taperlit.cli.export; print({'onnx', 'onnxruntime'} & {*sys.modules})"
+    program = "import sys, taperlit.cli.exports; print({'onnx', 'onnxruntime'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"
 
 

@@ -206,6 +206,24 @@ def test_a_model_of_ours(tmp_path, tiny):
         assert compared(model, read) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "activation"),
+    [
+        ({"mlp": "glu"}, tf.LlamaForCausalLM, nn.Sigmoid),
+        ({"mlp": "relu", "norm": "layernorm", "bias": True}, tf.Starcoder2ForCausalLM, nn.ReLU),
+    ],
+)
+def test_an_mlp_of_ours_is_one_of_the_stock_class(tmp_path, tiny, changes, kind, activation):
+    model = tiny(["*"], **changes).eval()
+    close_with_random_maps(tapered_norms(model))
+    structure = fold(model, lambda: model(TOKENS))
+    assert export_transformers(model, structure, tmp_path / "out").reason is None
+    read = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(read) is kind
+    assert any(type(module) is activation for module in read.modules())
+    assert compared(model, read) < 2e-6
+
+
 def test_the_anchor_may_stay_in_a_model_of_ours(tmp_path, tiny):
     model = tiny(["blocks.*"]).eval()
     close_with_random_maps(tapered_norms(model))

@@ -38,9 +38,15 @@ MODELS = {
     "qwen2": ("qwen2", {}),
     "phi3": ("phi3", {}),
     "starcoder2": ("starcoder2", {}),
+    "gpt2_relu": ("gpt2", {"activation_function": "relu"}),
+    "llama_glu": ("llama", {"hidden_act": "sigmoid"}),
+    "phi3_glu": ("phi3", {"hidden_act": "sigmoid"}),
+    "qwen2_glu": ("qwen2", {"hidden_act": "sigmoid"}),
+    "starcoder2_relu": ("starcoder2", {"hidden_act": "relu"}),
 }
-TIED = ("gpt2", "llama_tied", "starcoder2")  # until folding puts the final gain into the head
-BECOMES = {"mistral_wide": "LlamaForCausalLM", "phi3": "LlamaForCausalLM"}  # of the same function
+# Until folding puts the final gain into the head.
+TIED = ("gpt2", "gpt2_relu", "llama_tied", "starcoder2", "starcoder2_relu")
+BECOMES = dict.fromkeys(("mistral_wide", "phi3", "phi3_glu"), "LlamaForCausalLM")  # of the same function
 
 
 def wrapped(lm: nn.Module) -> CausalLM:
@@ -208,12 +214,13 @@ REFUSED = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'silu'"),
     ("llama", {"attention_bias": True}, "mlp_bias False and attention_bias True differ"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'linear'"),
-    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+    ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu', not 'silu' or 'swish' or 'sigmoid'"),
+    ("gpt2", {"activation_function": "silu"}, "activation_function is 'silu'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, not False"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
     ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
      "partial_rotary_factor is 0.5"),
-    ("starcoder2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'gelu_new'"),
+    ("starcoder2", {"hidden_act": "gelu"}, "hidden_act is 'gelu', not 'gelu_pytorch_tanh'"),
     ("qwen3", {}, "Qwen3ForCausalLM cannot become taperlit's Transformer"),
     ("gemma", {}, "GemmaForCausalLM cannot become"),
 ]  # fmt: skip
@@ -296,11 +303,11 @@ def test_adapters_are_to_be_merged_first():
         assert largest_difference(wanted, as_transformer(model)(tokens())) < 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     norm=st.sampled_from(["rmsnorm", "layernorm"]),
     position=st.sampled_from(["rope", "learned"]),
-    mlp=st.sampled_from(["swiglu", "gelu"]),
+    mlp=st.sampled_from(["swiglu", "glu", "gelu", "relu"]),
     bias=st.booleans(),
     qkv_bias=st.booleans(),
     tied=st.booleans(),
@@ -326,12 +333,12 @@ def test_any_shape_of_ours_is_one_of_theirs_or_refused(
     ).eval()
     for parameter in model.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
-    shape, odd = (norm, position, mlp), bool(d_model % 3)
+    shape, odd = (norm, position, mlp in ("swiglu", "glu")), bool(d_model % 3)
     known = (
-        (shape == ("rmsnorm", "rope", "swiglu") and (not bias or (qkv_bias and not odd)))
-        or (shape == ("layernorm", "rope", "gelu") and bias == qkv_bias)
+        (shape == ("rmsnorm", "rope", True) and (not bias or (qkv_bias and not odd)))
+        or (shape == ("layernorm", "rope", False) and bias == qkv_bias)
         or (
-            shape == ("layernorm", "learned", "gelu")
+            shape == ("layernorm", "learned", False)
             and bias
             and qkv_bias
             and kv == 3
@@ -351,7 +358,7 @@ def test_any_shape_of_ours_is_one_of_theirs_or_refused(
 def test_what_comes_out_is_saved_and_loaded_by_transformers(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    for name in ("gpt2", "llama_tied", "llama3", "qwen2"):
+    for name in ("gpt2", "llama_tied", "llama3", "qwen2", "llama_glu", "starcoder2_relu"):
         out = as_causal_lm(as_transformer(model_of(name)))
         out.lm.save_pretrained(tmp_path / name)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / name)

@@ -28,6 +28,7 @@ SHAPES = {
     "rotary, gated, grouped": dict(n_kv_head=1),
     "rotary, gated, stretched": dict(rope_theta=500.0, rope_scaling=LLAMA3, d_head=8, qkv_bias=True),
     "gpt2, untied": dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tied=True),
+    "relu": dict(mlp="relu", d_ff=48),
     "gpt2, its final map kept": dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tied=True),
 }
 
@@ -114,6 +115,11 @@ def test_a_norm_that_is_left_is_named(tiny):
     with pytest.raises(TaperlitError, match=r"a norm, blocks.0.mlp_norm \("):
         check_no_norms(model)
     check_no_norms(folded(tiny(["*"])))
+
+
+def test_an_mlp_that_it_has_not_is_refused(tiny):
+    with pytest.raises(TaperlitError, match=r"no MLP of the kind glu, only swiglu, gelu, relu; export --to transf"):
+        hooked_config(tiny(mlp="glu").config)
 
 
 @pytest.mark.slow

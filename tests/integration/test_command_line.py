@@ -180,6 +180,7 @@ def test_no_command_runs_the_code_in_a_checkpoint(tmp_path, shards, capsys, monk
     others = {
         "fold": ["--ckpt", str(path)],
         "generate": ["--model", str(path), "--prompt=x"],
+        "stress": ["--model", str(path)],
         "export": ["--to=onnx", "--model", str(path)],
     }
     run = ["--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", shards, "--ckpt_path", str(path)]

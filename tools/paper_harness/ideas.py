@@ -6,14 +6,51 @@ docs/experiments.md says what came of each.
 import copy
 from typing import Any
 
+PLAIN = ("gelu", "relu")  # MLPs of two matrices, not three: of equal size if they are half as wide again
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested options, with the latter's values where both have one."""
+    made = copy.deepcopy(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(made.get(key), dict)
+        made[key] = merged(made[key], value) if both else copy.deepcopy(value)
+    return made
+
+
+def _slot(name: str, callback: str, **init_args: Any) -> dict[str, Any]:
+    return {"taper": {name: {"class_path": f"taperlit.{callback}", "init_args": init_args}}}
+
+
+def _option(name: str, **init_args: Any) -> dict[str, Any]:
+    return {"taper": {name: {"init_args": init_args}}}
+
+
+def _mlp(kind: str) -> dict[str, Any]:
+    return {"model": {"overrides": {"mlp": kind}}}
+
+
 # The part of a run's config that each idea changes, beside what runs.Run spells out.
 IDEAS: dict[str, dict[str, Any]] = {
-    "end_80": {"taper": {"gate": {"init_args": {"end": 0.8}}}},
-    "end_100": {"taper": {"gate": {"init_args": {"end": 1.0}}}},
-    "warmup_20": {"taper": {"gate": {"init_args": {"warmup": 0.2, "end": 0.8}}}},
-    "linear": {"taper": {"gate": {"init_args": {"shape": "linear"}}}},
-    "skip": {"taper": {"guard": {"init_args": {"skip": True}}}},
-    "token_fit": {"taper": {"alignment": {"init_args": {"fit": "token"}}}},
+    "end_80": _option("gate", end=0.8),
+    "end_100": _option("gate", end=1.0),
+    "warmup_20": _option("gate", warmup=0.2, end=0.8),
+    "warmup_auto": _option("gate", warmup="auto", end=0.8),
+    "linear": _option("gate", shape="linear"),
+    "depth": _option("gate", stages="depth"),
+    "kind": _option("gate", stages="kind"),
+    "token_fit": _option("alignment", fit="token"),
+    "track": _option("alignment", track=0.0),
+    "moments": _option("alignment", moments=True),
+    "skip": _option("guard", skip=True),
+    "hold": merged(_slot("hold", "GateHold"), _option("guard", skip=True)),
+    "tail": _slot("tail", "TailPenalty", residual="model.final_norm"),
+    "tail_random": _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4),
+    "rows": _slot("rows", "EqualRows"),
+    "writes": _slot("writes", "BoundedWrites"),
+    "glu": _mlp("glu"),
+    "gelu": _mlp("gelu"),
+    "relu": _mlp("relu"),
 }
 
 
@@ -31,13 +68,8 @@ def with_idea(config: dict[str, Any], idea: str, tapered: bool) -> dict[str, Any
         tapered: the run has a taper; without one what the idea changes of it is left out.
     """
     changes = {section: own for section, own in IDEAS[idea].items() if tapered or section != "taper"}
-    return merged(config, changes)
-
-
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested options, with the latter's values where both have one."""
-    made = copy.deepcopy(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(made.get(key), dict)
-        made[key] = merged(made[key], value) if both else copy.deepcopy(value)
+    made = merged(config, changes)
+    shape = made["model"]["overrides"]
+    if changes.get("model", {}).get("overrides", {}).get("mlp") in PLAIN:
+        shape["d_ff"] = 3 * shape["d_ff"] // 2
     return made

@@ -35,8 +35,8 @@ ENOUGH_SEEDS = 3
 class Schedule(NamedTuple):
     """What the taper's own dials were; boundaries are fractions of the run."""
 
-    warmup: float
-    end: float
+    warmup: float | str  # or auto
+    end: float | str
     shape: str
     ema_rate: float
     weight: float | None  # lambda; None without the scale loss
@@ -186,8 +186,10 @@ class StoredRun:
             value = (spec.get("init_args") or {}).get(name)
             return default if value is None else value
 
-        def fraction(value: int | float) -> float:
-            return round(value / self.steps if isinstance(value, int) else value, 4)
+        def fraction(value: int | float | str) -> float | str:
+            return (
+                value if isinstance(value, str) else round(value / self.steps if isinstance(value, int) else value, 4)
+            )
 
         return Schedule(
             fraction(dial("gate", "warmup", PAPERS.warmup)),
