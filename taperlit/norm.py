@@ -39,6 +39,9 @@ class Phase(enum.Enum):
     LINEAR = "linear"  # g = 0: an affine map with no per-token statistic
 
 
+_PHASES = {phase.value: phase for phase in Phase}
+
+
 def plain_name(name: str) -> str:
     """A parameter's or module's name without the marks of the wrappers around it (FSDP1, ``torch.compile``)."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
@@ -180,7 +183,9 @@ class Gate(Float32State):
         self._phase = Phase.NORMALIZE
         self._g, self._s = _Number(), _Number()
         self._known = (1.0, 0.0)  # g and s that the phase follows from
-        self._stages: dict[Stage, Phase] = {}  # of the norms that have a gate of their own between two values of g
+        # The phases, by name, of the norms that have a gate of their own between two values of g. By name, for
+        # torch.compile looks again at strings, but not at each of several enum members that it meets in one graph.
+        self._stages: dict[Stage, str] = {}
         self.register_forward_pre_hook(call_me)
 
     @property
@@ -205,7 +210,7 @@ class Gate(Float32State):
         g, s = known
         self._phase = _phase_of(g, s)
         for stage in self._stages:
-            self._stages[stage] = _phase_of(at_stage(g, stage), s)
+            self._stages[stage] = _phase_of(at_stage(g, stage), s).value
 
     def number(self) -> float:
         """The gate as a Python number; as with ``phase``, it waits for no device that has not changed it."""
@@ -215,13 +220,13 @@ class Gate(Float32State):
     def add_stage(self, stage: "Stage") -> None:
         """Have a phase for the norms of this stage, which follows the gate as ``phase`` does."""
         g, s = self._known
-        self._stages[stage] = _phase_of(at_stage(g, stage), s)
+        self._stages[stage] = _phase_of(at_stage(g, stage), s).value
 
     def phase_at(self, stage: "Stage") -> Phase:
         """The phase of the norms of a stage that was added."""
         if not torch.compiler.is_compiling():
             _ = self.phase  # which looks
-        return self._stages[stage]
+        return _PHASES[self._stages[stage]]
 
     def refresh(self) -> None:
         """Read the values and let the phase follow; waits for the device."""

@@ -309,7 +309,7 @@ def _gains_in_use(norms: dict[str, TaperNorm]) -> dict[str, Tensor]:
         own, twin = norm.own("weight"), norm.taper_weight
         if own is not None and twin is not None:
             gamma, twin_gamma = (norm.gain_offset + whole(weight).float() for weight in (own, twin))
-            gains[name] = torch.lerp(norm.alignment * twin_gamma, gamma, norm.gate.value)
+            gains[name] = torch.lerp(norm.alignment * twin_gamma, gamma, norm.own_gate)
     return gains
 
 

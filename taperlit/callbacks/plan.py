@@ -60,8 +60,3 @@ def find_boundary(trainer: L.Trainer, pl_module: L.LightningModule, at: int | fl
     if boundary.step < 1:
         raise TaperlitError(f"{who} has no steps to gather statistics in; make the gate's warm-up at least 1 step.")
     return boundary
-
-
-def boundary_step(trainer: L.Trainer, pl_module: L.LightningModule, at: int | float | None, who: str) -> int:
-    """The step of :func:`find_boundary`, as far as it is known now."""
-    return find_boundary(trainer, pl_module, at, who).step

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from taperlit.callbacks.after_step import after_each_step
-from taperlit.callbacks.plan import boundary_step, forget_plan
+from taperlit.callbacks.plan import find_boundary, forget_plan
 from taperlit.errors import TaperlitError
 from taperlit.norm import plain_name
 from taperlit.static import cap_singular_values
@@ -79,11 +79,11 @@ class BoundedWrites(L.Callback):
                     "sharded, or not trained; run it on whole weights that are all trained (one process or DDP, no "
                     "LoRA), or leave it out."
                 )
-        boundary = boundary_step(trainer, pl_module, self.at, "BoundedWrites")
+        boundary = find_boundary(trainer, pl_module, self.at, "BoundedWrites")
 
         def act() -> None:
             # The step is counted after its optimizer's hooks.
-            if trainer.global_step >= boundary:
+            if trainer.global_step >= boundary.step:
                 for name, module in modules.items():
                     try:
                         cap_singular_values(module.weight.detach(), self.multiple)

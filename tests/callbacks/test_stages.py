@@ -83,6 +83,30 @@ def test_compiled_code_follows_the_stage():
         torch.testing.assert_close(compiled(x), twin(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_follow_every_pair_of_phases():
+    """Two stages in one graph, also where the gate goes back, to a pair of phases that was not compiled before."""
+    compiled = language_model("internal").train()
+    for name, norm in tapered_norms(compiled).items():
+        norm.set_stage((1.0, 0.5) if "mlp" in name else (0.5, 0.0))
+    eager = copy.deepcopy(compiled)
+    for block in compiled.blocks:
+        block.compile(dynamic=False, backend="aot_eager")
+    tokens = torch.randint(0, 50, (2, 16))
+    # the phases of the norms before attention and the MLP: NN NB NL NB BL LL BL NB, tracked or not
+    for g, tracks in zip((1, 0.9, 0.5, 0.7, 0.3, 0, 0.2, 0.6), (0, 1, 0, 0, 1, 0, 0, 0), strict=True):
+        for model in (compiled, eager):
+            shared_gate(model).set(g)
+            for norm in tapered_norms(model).values():
+                norm.tracks = bool(tracks)
+            model.zero_grad()
+            model(tokens).square().mean().backward()
+        for (name, a), b in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(
+                a.grad, b.grad, rtol=1e-3, atol=1e-7, msg=lambda m, n=name, g=g: f"{n} at {g}: {m}"
+            )
+
+
 def test_the_stage_is_saved_copied_and_cast_with_the_norm():
     norm = one(stage=(0.7, 0.3))
     norm.gate.set(0.4)
