@@ -11,6 +11,7 @@ from taperlit.callbacks.added_loss import sum_over_ranks, with_added, wrap_train
 from taperlit.callbacks.gradients import has_gradients
 from taperlit.callbacks.plan import Boundary, find_boundary, forget_plan
 from taperlit.callbacks.submodule import first_input, named_module
+from taperlit.callbacks.token_scale import scale_over
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm
 from taperlit.training.lightning_compat import should_log
@@ -119,10 +120,7 @@ class ScaleAnchor(L.Callback):
 
     def scale(self, h: Tensor, eps: float) -> Tensor:
         """``s(h)`` of (..., d_model): (...) float32."""
-        h = h.float()
-        if self._centred:
-            h = h - h.mean(-1, keepdim=True)
-        return (h.square().mean(-1) + eps).sqrt()
+        return scale_over(h.float(), (-1,), self._centred, eps)
 
     def _on_residual(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (module.training and torch.is_grad_enabled()):

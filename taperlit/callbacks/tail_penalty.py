@@ -19,6 +19,7 @@ from taperlit.callbacks.submodule import first_input, named_module
 from taperlit.callbacks.token_scale import token_scale, uncounted
 from taperlit.distributed import data_rank, mean_over_ranks
 from taperlit.errors import TaperlitError
+from taperlit.modes import evaluating
 from taperlit.norm import plain_name, tapered_norms
 from taperlit.schedule import resolve_steps
 from taperlit.training.lightning_compat import should_log
@@ -248,7 +249,7 @@ class TailPenalty(L.Callback):
         tokens = torch.randint(self._vocab_size, shape, generator=torch.Generator().manual_seed(number))
         args, kwargs = self._fed.call(tokens)
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-        with _evaluating(model), uncounted(), _eager(), torch.random.fork_rng(devices), self._listening():
+        with evaluating(model), uncounted(), _eager(), torch.random.fork_rng(devices), self._listening():
             model(*args, **kwargs)
         penalty, _ = self._take(pl_module.device)
         if penalty is None:
@@ -385,15 +386,3 @@ def _forgetting(module: nn.Module) -> Callable[[], None]:
 def _eager() -> AbstractContextManager:
     """Another shape and mode would each be a graph more for a pass that is rare; nothing is compiled without dynamo."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module in its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

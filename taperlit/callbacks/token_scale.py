@@ -25,10 +25,15 @@ def token_scale(module: nn.Module, h: Tensor) -> Tensor:
     centred = isinstance(module, nn.LayerNorm)
     if isinstance(module, TaperNorm):
         dims, centred = tuple(range(-len(module.kind.shape), 0)), module.kind.centred
+    return scale_over(h, dims, centred, 1e-12)
+
+
+def scale_over(h: Tensor, dims: tuple[int, ...], centred: bool, eps: float) -> Tensor:
+    """``sqrt(mean(h^2) + eps)`` over some dimensions, of ``h`` less its mean where ``centred``: float32 or float64."""
     h = h.to(torch.promote_types(h.dtype, torch.float32))
     if centred:
         h = h - h.mean(dims, keepdim=True)
-    return (h.square().mean(dims) + 1e-12).sqrt()
+    return (h.square().mean(dims) + eps).sqrt()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on with, and what it may do differently from the run that wrote it."""
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from taperlit.checkpoint.atomic import recover
 from taperlit.checkpoint.folded import origin_in
 from taperlit.checkpoint.reader import open_checkpoint
+from taperlit.cli.slots import class_of
 from taperlit.errors import TaperlitError
 from taperlit.training.lightning_compat import begins_a_new_version, checkpoint_directory, continue_version
 from taperlit.training.module import LanguageModel
@@ -159,7 +161,9 @@ def _check_slot(path: str, slot: str, theirs: Any, mine: Any, free: Sequence[str
     names = [str(spec["class_path"]).rpartition(".")[2] for spec in (mine, theirs)]
     if names[0] != names[1]:
         raise _refused(path, f"taper.{slot}", *names)
-    theirs, mine = theirs.get("init_args") or {}, mine.get("init_args") or {}
+    # What the version that wrote the checkpoint did not know yet, it did as today's default does.
+    defaults = {name: one.default for name, one in inspect.signature(class_of(mine)).parameters.items()}
+    theirs, mine = {**defaults, **(theirs.get("init_args") or {})}, {**defaults, **(mine.get("init_args") or {})}
     for name in mine.keys() | theirs.keys():
         if name not in free and _differ(theirs.get(name), mine.get(name)):
             raise _refused(path, f"taper.{slot}.{name}", mine.get(name), theirs.get(name))

@@ -143,12 +143,12 @@ def settle(config: Namespace, command: str) -> dict[str, Any]:
         TaperlitError: norms would be tapered and nothing would move their gate.
     """
     listed = _listed(config.trainer)
-    kinds = [_class_of(callback) for callback in listed]
+    kinds = [class_of(callback) for callback in listed]
     taper: dict[str, Any] = {}
     for name, slot in SLOTS.items():
         spec = _spec(config.taper[name], slot)
         off = config.model.taper not in slot.tapers
-        taper[name] = None if off or spec is None or _has(kinds, _class_of(spec)) else spec
+        taper[name] = None if off or spec is None or _has(kinds, class_of(spec)) else spec
     if (
         command == "fit"
         and config.model.taper in SLOTS["gate"].tapers
@@ -164,7 +164,7 @@ def settle(config: Namespace, command: str) -> dict[str, Any]:
     for kind, default, switch, only in ALWAYS:
         wanted = (switch is None or config.trainer[switch] is not False) and only in (None, command)
         if not wanted:
-            listed = [callback for callback in listed if _class_of(callback) is not default]
+            listed = [callback for callback in listed if class_of(callback) is not default]
         elif not _has(kinds, kind):
             listed.append({"class_path": _path_of(default)})
     return {"taper": taper, "trainer": {"callbacks": [_plain(callback) for callback in listed]}}
@@ -185,7 +185,8 @@ def _plain(spec: Any) -> Spec:
     return spec.as_dict() if isinstance(spec, Namespace) else spec
 
 
-def _class_of(spec: Any) -> type[Callback]:
+def class_of(spec: Any) -> type[Callback]:
+    """The class that a callback's ``class_path`` names, which is imported."""
     module, _, name = spec["class_path"].rpartition(".")
     return getattr(import_module(module), name)
 
@@ -202,7 +203,7 @@ def _has(kinds: Iterable[type[Callback]], kind: type[Callback]) -> bool:
 def _share_rate(rate: float | None, spec: Spec | None) -> None:
     if rate is None or spec is None:
         return
-    parameter = inspect.signature(_class_of(spec)).parameters.get("ema_rate")
+    parameter = inspect.signature(class_of(spec)).parameters.get("ema_rate")
     given = spec.setdefault("init_args", {})
     if parameter is not None and given.get("ema_rate", parameter.default) == parameter.default:
         given["ema_rate"] = rate

@@ -50,17 +50,7 @@ def stress_model(model: str, device: str = "auto", seed: int = 0, quick: bool = 
     print(table(rows, COLUMNS))
     print(f"verdict: {report.verdict()}")
     if json is not None:
-        words = [
-            "--model",
-            model,
-            "--device",
-            device,
-            "--seed",
-            str(seed),
-            *(["--quick"] if quick else []),
-            "--json",
-            json,
-        ]
+        words = ["--model", model, "--device", device, "--seed", str(seed), *["--quick"] * quick, "--json", json]
         facts = about(shlex.join(["taperlit", "stress", *words]), where)
         write_json(json, {**facts, "model": model, "ok": report.ok, "verdict": report.verdict()}, rows)
         print(f"wrote {json}")

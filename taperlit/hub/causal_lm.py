@@ -1,7 +1,5 @@
 """Any ``AutoModelForCausalLM`` behind the interface of our ``Transformer``."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from taperlit.errors import TaperlitError
 from taperlit.hub.origin import Origin
 from taperlit.loss import chunked_cross_entropy, token_losses
+from taperlit.modes import evaluating
 
 CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "context_length")
 """How configs name the longest context."""
@@ -152,7 +151,7 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def _head_makes_the_logits(self, tokens: Tensor) -> bool:
         """Whether the logits are just the head's output: tried, since models scale and cap them in many ways."""
-        with _evaluating(self):
+        with evaluating(self):
             logits, hidden = self._logits(tokens), self._hidden(tokens)
             if hidden.shape[-1] != cast(Tensor, self.head.weight).shape[-1]:
                 return False
@@ -170,18 +169,6 @@ def sizes_of(config: dict[str, Any]) -> tuple[int, int]:
     if not text.get("vocab_size"):
         raise TaperlitError("The model's config.json has no vocab_size; it is not of a causal language model.")
     return int(text["vocab_size"]), next((int(size) for name in CONTEXTS if (size := text.get(name))), UNLIMITED)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module in its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def find_names(lm: nn.Module) -> Names:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from taperlit.compare import in_a_line
 from taperlit.errors import TaperlitError
+from taperlit.modes import evaluating
 from taperlit.stress.cached import CASE as CACHED
 from taperlit.stress.cached import MakeDecoder, compare_cached, decoder_of, tolerance_of
 from taperlit.stress.report import Outcome, StressReport
@@ -68,7 +68,7 @@ def stress(
         raise TaperlitError(f"stress needs a vocabulary and a context of 1 or more, not {vocab_size} and {block_size}.")
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     outcomes: list[Outcome] = []
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         plan = _Plan(model, vocab_size, min(block_size, sizes.length or block_size), sizes, generator)
         for dtype in dict.fromkeys((own, *others)):
@@ -101,7 +101,7 @@ def brief_line(model: nn.Module, example: Any, tokenizer_json: str | None = None
     """
     try:
         fed, tokens = _fed(model, example)
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             size = logits_of(fed(tokens[:1]), tokens[:1]).shape[-1]
         report = stress(
             fed, size, tokens.shape[1], others=(), sizes=brief_sizes(model), decoder=None, tokenizer_json=tokenizer_json
@@ -254,15 +254,3 @@ class _Subject:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module in its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -7,6 +7,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 import yaml
 from processes import differences, scalars
 from small import error_of, fit, fit_command, versions
@@ -114,6 +115,19 @@ def test_unchanged_options_change_no_bit(tmp_path, text):
     again = fit(tmp_path / "parts", text, "--ckpt_path", str(next(tmp_path.glob("*step=7.ckpt"))))
     assert part != again
     assert differences(state_of(whole), state_of(again)) == []
+
+
+def test_a_run_of_before_an_option_goes_on_with_its_default(tmp_path, text, capsys):
+    run = fit(tmp_path, text, "--trainer.max_steps=10")
+    path = run / "checkpoints/last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    taper = checkpoint["callbacks"]["RunRecord"]["config"]["taper"]
+    del taper["gate"]["init_args"]["stages"], taper["alignment"]["init_args"]["moments"]
+    torch.save(checkpoint, path)
+    staged = fit_command(tmp_path, text, *LAST, "--taper.gate.stages=depth")
+    assert "taper.gate.stages is depth" in error_of(capsys, *staged)
+    assert fit(tmp_path, text, *LAST) == run
+    assert read_checkpoint(path)["global_step"] == 20
 
 
 def test_what_cannot_change_is_refused_by_name(tmp_path, text, capsys):
