@@ -11,7 +11,7 @@ class Module(L.LightningModule):
         return x
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 @pytest.mark.parametrize("own", [False, True])
 def test_wrappers_are_undone_in_any_order(order, own):
     """Each adds a digit of its own; what is undone adds nothing, and in the end the step is the module's again."""
