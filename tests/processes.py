@@ -28,7 +28,7 @@ def fit_args(folder, corpus, *extra: str, name: str = "run") -> list[str]:
         "fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", f"{corpus}/*.py",
         "--model.overrides", "{vocab_size: 300, block_size: 32, n_layer: 2, n_head: 2, d_model: 32, d_ff: 64}",
         "--model.compile=false", "--data.tokenizer=null", "--data.vocab_size=300", "--data.block_size=32",
-        "--data.batch_size=4", "--data.val_fraction=0.2", "--data.num_workers=0", "--trainer.max_steps=50",
+        "--data.batch_size=4", "--data.val_fraction=0.05", "--data.num_workers=0", "--trainer.max_steps=50",
         "--trainer.accumulate_grad_batches=1", "--trainer.precision=32-true", "--trainer.accelerator=cpu",
         "--trainer.val_check_interval=5", "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false",
         "--trainer.enable_progress_bar=false", "--taper.gate.warmup=10", "--taper.gate.end=25",

@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 from paper_harness.experiments import EXPERIMENTS, Options
-from paper_harness.runs import Run, hash_of
+from paper_harness.runs import _HASHES, Run, hash_of
 from paper_harness.sizes import SIZES
 
 Record = dict[str, Any]
@@ -98,8 +98,9 @@ def campaign(**options: Any) -> list[Record]:
     Args:
         options: of the harness.
     """
+    _HASHES.setdefault(("embedded", 1024), "embedded")  # nothing is read
     found: dict[str, Record] = {}
-    for name in ("pretrain", "length", "schedule", "ideas"):
+    for name in ("pretrain", "length", "schedule", "ideas", "short"):
         for run in EXPERIMENTS[name](Options(**options)):
             made = record(run, _fate(run))
             found[hash_of(made["settings"])] = made

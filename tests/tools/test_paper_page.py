@@ -24,7 +24,7 @@ from paper_harness.ideas import IDEAS  # noqa: E402
 from paper_harness.missing import missing  # noqa: E402
 from paper_harness.records import PICK, StoredRun  # noqa: E402
 from paper_harness.runs import PAPER, Run, hash_of  # noqa: E402
-from paper_harness.sections import decode, finetune, gradnorm, ideas, length, logit_chasing, pretrain, schedule  # noqa: E402
+from paper_harness.sections import decode, finetune, gradnorm, ideas, length, logit_chasing, pretrain, schedule, short  # noqa: E402
 from paper_harness.sizes import SIZES  # noqa: E402
 from paper_records import WEIGHT_TYPES, campaign, record  # noqa: E402
 
@@ -462,6 +462,23 @@ def test_a_lost_idea_is_counted(tmp_path):
     (row,) = (cells_of(line) for line in section.lines if line.startswith("| linear |"))
     assert row[2:6] == ["1", "1", "", ""]
     section.draw(tmp_path / "ideas.png")
+
+
+def test_a_short_run_is_held_to_the_baseline_of_its_draw():
+    drawn = [run for run in stored() if run.draw is not None]
+    others = {run.key for name, pick in PICK.items() if name != "short" for run in pick(stored())}
+    assert not others & {run.key for run in drawn}
+    runs = [run for run in drawn if run.draw < 3 and run.variant in ("baseline", "all_aux")]
+    made = {(run.variant, run.draw): StoredRun(json.loads(json.dumps(run.record))) for run in runs}
+    made["all_aux", 1].result["val"][-1][1] = 1.1 * made["baseline", 1].loss
+    made["all_aux", 2].result["diverged"] = {"step": 7, "gate": 0.5, "why": "not finite"}
+    lines = short.section([*made.values()]).lines
+    (row,) = (cells_of(line) for line in lines if line.startswith("| the paper's |"))
+    assert row[2:5] == ["3", "1", "1"]
+    assert row[6] == "+10.00%"
+    gaps = [cells_of(line)[5] for line in lines if re.match(r"\| [012] \|", line)]
+    assert gaps[0] == f"{made['all_aux', 0].loss / made['baseline', 0].loss - 1:+.2%}"
+    assert gaps[1:] == ["+10.00%", "diverged at step 7, gate 0.50"]
 
 
 def test_finetune_and_decode_read_what_our_commands_wrote():

@@ -484,6 +484,13 @@ def test_what_the_experiments_ask_for():
     assert {run.seed for run in schedule} == {0}
     assert {run.lr for run in schedule} == {SIZES["nano"].lr, 4 * SIZES["nano"].lr}
     assert all(run.method["warmup"] < run.method["end"] for run in schedule if "end" in run.method)
+    drawn = named["short"]
+    assert drawn == experiments.short(options)
+    assert {run.corpus for run in drawn} == set(SIZES["nano"].draw_corpora)
+    steps = [SIZES["nano"].length(run.tokens_per_parameter)[0] for run in drawn]
+    assert 100 <= min(steps) < 200
+    assert 1000 < max(steps) <= 2010
+    assert all(3e-4 <= run.lr <= 4e-3 for run in drawn)
     few = experiments.Options(seeds=(5,), variants=("all_aux",), lengths=(1.0,), lr=1e-3)
     assert [run.variant for run in experiments.pretrain(few)] == ["baseline", "all_aux"]
     assert [(run.seed, run.lr) for run in experiments.length(few)] == [(5, 1e-3)] * 2

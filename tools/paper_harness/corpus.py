@@ -49,10 +49,16 @@ CORPORA = {
         package="dict-gcide=0.48.5+nmu2",
         sha256="b6f088f2a1bea43699028d9f1a19626987bf19347b9727b8e989ffc7df54096c",
     ),
+    "foldoc": Corpus(
+        "the Free On-line Dictionary of Computing, an entry per document",
+        0.03,
+        package="dict-foldoc=20230119-1",
+        sha256="e4a36c73f04b06046c40e98438f4f7000537be5e412a32b2a364988d3f670750",
+    ),
     "tinystories": Corpus("TinyStories", 0.01, hub="roneneldan/TinyStories"),
     "embedded": Corpus("Python's own source, which differs between machines", 0.02),
 }
-"""``gcide`` wants no hub; ``tinystories`` is the paper's; ``embedded`` is there without any network."""
+"""``gcide`` and ``foldoc`` want no hub; ``tinystories`` is the paper's; ``embedded`` is there without any network."""
 TOKENIZER_BYTES = 1 << 26  # of training text that a tokenizer is made from
 
 

@@ -1,6 +1,8 @@
 """What each experiment needs: lists of runs, or a command of ours."""
 
 import itertools
+import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,8 @@ from paper_harness.sizes import SIZES
 
 FIVE = ("baseline", "internal", "internal_aux", "all", "all_aux")
 """The variants of the paper's figure 4."""
+DRAW_LRS = (3e-4, 4e-3)
+"""Least and most of ``short``'s learning rates."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Options:
         tokens_per_parameter: of ``pretrain`` and its views, and of ``ideas``.
         lr: peak learning rate of all runs but the map of ``schedule``, which has multiples of it.
         variants: none but these, and the baseline.
-        ideas: of ``ideas``, names in ``IDEAS``; None is the size's.
+        ideas: of ``ideas`` and ``short``, names in ``IDEAS``; None is the size's, and of ``short`` none.
     """
 
     size: str = "nano"
@@ -98,6 +102,25 @@ def ideas(options: Options) -> list[Run]:
     ]
 
 
+def short(options: Options) -> list[Run]:
+    """Runs as users begin them: short ones of any length, learning rate and corpus, drawn at random but each always the
+    same, with the paper's own settings and with each idea that is named.
+
+    Steps and learning rate are uniform in their logarithms.
+    """
+    size = SIZES[options.size]
+    found = []
+    for draw in range(size.draws):
+        dice = random.Random(draw)
+        steps, lr = (math.exp(dice.uniform(math.log(low), math.log(high))) for low, high in (size.draw_steps, DRAW_LRS))
+        corpus = dice.choice(size.draw_corpora)
+        length = round(steps * size.tokens_per_step / size.parameters, 3)
+        for idea in (None, *(options.ideas or ())):
+            for variant in options.pick(("baseline", "internal", "all_aux")):
+                found.append(Run(options.size, corpus, variant, draw, length, float(f"{lr:.2g}"), idea=idea, draw=draw))
+    return found
+
+
 EXPERIMENTS: dict[str, Callable[[Options], list[Run]]] = {
     "pretrain": pretrain,
     "length": length,
@@ -105,5 +128,6 @@ EXPERIMENTS: dict[str, Callable[[Options], list[Run]]] = {
     "logit_chasing": views,
     "schedule": schedule,
     "ideas": ideas,
+    "short": short,
 }
 """Those that are made of runs; see :mod:`paper_harness.commands` for the others."""

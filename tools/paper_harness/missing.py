@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paper_harness.experiments import EXPERIMENTS, Options
-from paper_harness.records import PAPERS, TAPERED, Schedule, StoredRun
+from paper_harness.records import PAPERS, TAPERED, Schedule, StoredRun, not_drawn
 from paper_harness.runs import PAPER, Run
 from paper_harness.sections import decode, finetune
 from paper_harness.sizes import SIZES
@@ -38,6 +38,7 @@ def missing(runs: Sequence[StoredRun], out: Path) -> list[Missing]:
         out: folder of the results.
     """
     found = []
+    runs = not_drawn(runs)
     own = dict.fromkeys((run.setup.size, run.setup.corpus) for run in runs)
     for size, corpus in own:
         if size in SIZES:

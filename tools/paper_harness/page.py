@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from paper_harness.missing import dials, missing
-from paper_harness.records import PICK, Record, StoredRun, grouped, read_records, seeds_of
+from paper_harness.records import PICK, Record, StoredRun, grouped, not_drawn, read_records, seeds_of
 from paper_harness.runs import EMBEDDING_SCALE
-from paper_harness.sections import decode, finetune, gradnorm, ideas, length, logit_chasing, pretrain, schedule
+from paper_harness.sections import decode, finetune, gradnorm, ideas, length, logit_chasing, pretrain, schedule, short
 from paper_harness.tables import Section, markdown, write_csv
 
 OF_RUNS = {
@@ -17,6 +17,7 @@ OF_RUNS = {
     "logit_chasing": logit_chasing.section,
     "schedule": schedule.section,
     "ideas": ideas.section,
+    "short": short.section,
 }
 NAMES = (*OF_RUNS, "finetune", "decode")
 PAPER = "arXiv:2602.10408"
@@ -49,7 +50,7 @@ def write_report(out: Path) -> None:
     runs = [StoredRun(record) for record in read_records(out / "runs")]
     sections = [_section(name, PICK[name](runs) if name in PICK else [], out) for name in NAMES]
     texts = [_write(section, out) for section in sections]
-    page = [*_head(sections), *_data(runs), *(line for text in texts for line in text), *_rest(runs, out)]
+    page = [*_head(sections), *_data(not_drawn(runs)), *(line for text in texts for line in text), *_rest(runs, out)]
     (out / "README.md").write_text("\n".join(page) + "\n")
 
 

@@ -95,6 +95,11 @@ class StoredRun:
         return self.settings.get("idea", "")
 
     @property
+    def draw(self) -> int | None:
+        """Its number in `short`; None of all others."""
+        return self.settings.get("draw")
+
+    @property
     def seed(self) -> int:
         """Of the initial weights and the order of the data."""
         return self.settings["seed"]
@@ -235,7 +240,7 @@ def without_doubles(runs: Iterable[StoredRun]) -> Picked:
     """Of runs that differ in nothing a table tells apart, the newest: they are one cell, and not each other's mean."""
     cells: dict[Any, list[StoredRun]] = defaultdict(list)
     for run in {run.key: run for run in runs}.values():
-        cells[run.setup, run.length, run.variant, run.schedule, run.idea, run.seed].append(run)
+        cells[run.setup, run.length, run.variant, run.schedule, run.idea, run.seed, run.draw].append(run)
     picked = Picked([], [])
     for alike in cells.values():
         *older, newest = sorted(alike, key=lambda run: (run.record.get("ran", {}).get("date") or "", run.key))
@@ -331,11 +336,29 @@ def idea_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     return [run for run in every if run.place in places and (run.idea or run.standard) and run.variant in FIVE]
 
 
-PICK: dict[str, Callable[[Iterable[StoredRun]], list[StoredRun]]] = {
-    "pretrain": pretrain_runs,
-    "length": length_runs,
-    "gradnorm": five_variants,
-    "logit_chasing": five_variants,
-    "schedule": schedule_runs,
-    "ideas": idea_runs,
+def drawn_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    """The runs that were drawn at random; no other experiment has them."""
+    return [run for run in runs if run.draw is not None]
+
+
+def not_drawn(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    """All others."""
+    return [run for run in runs if run.draw is None]
+
+
+Pick = Callable[[Iterable[StoredRun]], list[StoredRun]]
+
+
+def _of_not_drawn(pick: Pick) -> Pick:
+    return lambda runs: pick(not_drawn(runs))
+
+
+PICK: dict[str, Pick] = {
+    "pretrain": _of_not_drawn(pretrain_runs),
+    "length": _of_not_drawn(length_runs),
+    "gradnorm": _of_not_drawn(five_variants),
+    "logit_chasing": _of_not_drawn(five_variants),
+    "schedule": _of_not_drawn(schedule_runs),
+    "ideas": _of_not_drawn(idea_runs),
+    "short": drawn_runs,
 }

@@ -83,6 +83,7 @@ class Run:
         lr: peak learning rate; None is the size's.
         method: settings in the place of some of ``PAPER``.
         idea: name in ``IDEAS``, or None.
+        draw: its number in ``short``, or None; its rivals are of the same draw.
     """
 
     size: str
@@ -93,6 +94,7 @@ class Run:
     lr: float | None = None
     method: dict[str, Any] = field(default_factory=dict)
     idea: str | None = None
+    draw: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result; see :func:`hash_of`."""
@@ -100,7 +102,7 @@ class Run:
         steps, every = size.length(self.tokens_per_parameter)
         lr = size.lr if self.lr is None else self.lr
         config = _config(size, self.corpus, self.variant, self.seed, steps, every, lr, {**PAPER, **self.method})
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {} if self.draw is None else {"draw": self.draw}
         if self.variant in ("dyt", "derf"):
             more["embedding_scale"] = EMBEDDING_SCALE
         tapered = self.variant != "baseline"

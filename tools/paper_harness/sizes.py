@@ -37,6 +37,9 @@ class Size:
         ends: of the gate, likewise.
         lrs: learning rates of the map, as multiples of ``lr``.
         ideas: of ``ideas``, where none are named.
+        draws: of ``short``.
+        draw_corpora: that they are of.
+        draw_steps: least and most optimizer steps of one.
         others: what ``schedule`` changes one at a time, by its name in ``runs.PAPER``.
     """
 
@@ -53,6 +56,9 @@ class Size:
     ends: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     lrs: tuple[float, ...] = (1.0, 4.0)
     ideas: tuple[str, ...] = tuple(IDEAS)
+    draws: int = 20
+    draw_corpora: tuple[str, ...] = ("gcide", "foldoc", "embedded")
+    draw_steps: tuple[int, int] = (100, 2000)
     others: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: OTHERS)
 
     @cached_property
@@ -106,7 +112,7 @@ SIZES = {
     "toy": Size(
         _shape(512, 64, 2, 2, 16, 32), 4, 4e-3,
         val_tokens=1 << 10, seeds=(0, 1), tokens_per_parameter=0.5, lengths=(0.25, 0.5, 1.0), schedule_tokens=0.25,
-        warmups=(0.1,), ends=(0.5, 1.0), ideas=("end_80",),
+        warmups=(0.1,), ends=(0.5, 1.0), ideas=("end_80",), draws=2, draw_corpora=("embedded",), draw_steps=(20, 40),
         others={"shape": ("cosine", "linear"), "ema_rate": (0.1,), "weight": (0.0,)},
     ),
     "nano": Size(_shape(1024, 256, 6, 4, 48, 128), 8, 4e-3),
