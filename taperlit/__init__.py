@@ -20,6 +20,7 @@ _HOMES = {
     "FoldOnEnd": "taperlit.callbacks",
     "GateHold": "taperlit.callbacks",
     "GateSchedule": "taperlit.callbacks",
+    "LearningRateDip": "taperlit.callbacks",
     "LossTails": "taperlit.callbacks",
     "RngState": "taperlit.callbacks",
     "RunCheckpoint": "taperlit.callbacks",

@@ -1,5 +1,7 @@
 """The exceptions that the command line tells in one line."""
 
+import signal
+
 
 class TaperlitError(ValueError):
     """Bad input, told in one line that names the thing and the mend.
@@ -11,6 +13,13 @@ class TaperlitError(ValueError):
 
 
 class Terminated(TaperlitError):
-    """The run was told to stop (SIGTERM); the message says how to go on. The status is the shell's: 128 + 15."""
+    """The run was told to stop by a signal; the message says how to go on. The status is the shell's: 128 more.
 
-    status = 143
+    Args:
+        message: for the command line to print.
+        signum: of the signal.
+    """
+
+    def __init__(self, message: str, signum: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.status = 128 + signum

@@ -6,7 +6,10 @@ With ``h`` a token's vector, ``r(h)`` the norm's denominator, ``c`` the alignmen
     LayerNorm kind  y = g * ((h - mean) / s(h) * gamma + beta) + (1 - g) * (c * (h - mean) * gamma~ + beta~)
 
 ``beta`` is the norm's own ``bias``; ``gamma`` its own ``weight`` or, as in Gemma, ``1 + weight``; ``gamma~`` and
-``beta~`` are ``taper_weight`` and ``taper_bias``, read the same way.
+``beta~`` are ``taper_weight`` and ``taper_bias``, read the same way. A norm without a bias may get a ``beta~`` all the
+same (:meth:`TaperNorm.add_bias`), which starts at 0::
+
+    RMSNorm kind    y = g * h / r(h) * gamma + (1 - g) * (c * h * gamma~ + beta~)
 
 ``c`` is fitted to the tokens' ``1 / r`` (:class:`AlignmentFit`). Position 0 of every sequence may have a scalar of its
 own on the way (:meth:`TaperNorm.separate_first`): there ``c`` is ``c_0 = c_first^s * c^(1 - s)``, where ``s`` is 1
@@ -411,6 +414,8 @@ class TaperNorm(Float32State):
         alignment_ema: (3,) float32 moving averages of ``w / r``, ``w`` (see :class:`AlignmentFit`) and 1; the third
             corrects the bias of the first two.
         alignment_fit: what is weighed how in them; not saved.
+        taper_weight: ``gamma~``, of ``kind.shape``, read as the norm's own ``weight``; None where that has none.
+        taper_bias: ``beta~``, likewise; None where the norm has no bias and :meth:`add_bias` was not called.
         first_alignment: position 0's own scalar ``c_first``, 0-d float32; None unless :meth:`separate_first` was
             called, and so are the next two.
         first_alignment_ema: as ``alignment_ema``, over position 0 alone, which that one then leaves out.
@@ -469,6 +474,26 @@ class TaperNorm(Float32State):
     def own(self, name: str) -> nn.Parameter | None:
         """The norm's own ``weight`` or ``bias``; not every class has both."""
         return cast("nn.Parameter | None", getattr(self, name, None))
+
+    def add_bias(self) -> None:
+        """Give the linear branch of a norm without a bias one of its own: ``taper_bias``, of zeros, to be trained.
+
+        It changes no output until it is trained, and folds into the biases of the matrices that the norm feeds, as a
+        LayerNorm's does. It is a parameter like the others, so add it before optimizers are made and the model is
+        split. Nothing happens where the linear branch has a bias.
+
+        Raises:
+            TaperlitError: the linear branch is the norm's own, as in FakeLN.
+        """
+        if "taper_bias" not in self._parameters:
+            raise TaperlitError(
+                f"The linear branch of {self.label or type(self).__name__} is the norm itself and has no parameters of "
+                "its own; a bias can be added to those of taperlit.taper(model)."
+            )
+        if self.taper_bias is None:
+            weight = self.own("weight")
+            device, dtype = (self.alignment.device, None) if weight is None else (weight.device, weight.dtype)
+            self.taper_bias = nn.Parameter(torch.zeros(self.kind.shape, device=device, dtype=dtype))
 
     @property
     def centred(self) -> bool:
@@ -591,8 +616,10 @@ class TaperNorm(Float32State):
     def _copy_affine(self) -> None:
         for name in ("weight", "bias"):
             source, twin = self.own(name), getattr(self, f"taper_{name}")
-            if source is not None and twin is not None:
+            if twin is not None and source is not None:
                 twin.copy_(source)
+            elif twin is not None:
+                twin.zero_()  # a bias of the linear branch alone
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., *shape) to the same shape: by the norm itself, by a blend, or by the linear map."""
@@ -711,8 +738,9 @@ class TaperNorm(Float32State):
         if weight is not None and self.taper_weight is not None:
             a, b = a * weight.to(dtype).flatten(), b * self.taper_weight.to(dtype).flatten()
         shift = None
-        if bias is not None and self.taper_bias is not None:
-            shift = torch.lerp(self.taper_bias.to(dtype), bias.to(dtype), g).flatten()
+        if self.taper_bias is not None:
+            shift = self.taper_bias.to(dtype).flatten()
+            shift = shift * rest if bias is None else torch.lerp(shift, bias.to(dtype).flatten(), g)
         h = self._centre(x.to(dtype)).reshape(-1, *scalars.shape[:1], size)
         y: Tensor = _Blend.apply(h, a, b, shift, eps)  # type: ignore[no-untyped-call]
         return y.view(x.shape).to(x.dtype)
@@ -781,7 +809,7 @@ class TaperNorm(Float32State):
     @torch.no_grad()
     def freeze(self) -> None:
         """The boundary: set ``c`` (and ``c_first``) to its fitted value and copy ``gamma``, ``beta`` to ``gamma~``,
-        ``beta~``.
+        ``beta~``; without a ``beta`` the latter is 0.
 
         Raises:
             TaperlitError: no statistics were gathered, or they are zero or not finite.
@@ -824,6 +852,8 @@ class TaperNorm(Float32State):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if f"{prefix}first_alignment" in state_dict:
             self.separate_first()
+        if f"{prefix}taper_bias" in state_dict and "taper_bias" in self._parameters:
+            self.add_bias()
         if f"{prefix}stage" in state_dict and self.stage is None:
             self.stage = torch.ones(2, dtype=torch.float32, device=self.alignment.device)
         own = {prefix + key: value for key, value in self.state_dict().items()}

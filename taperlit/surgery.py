@@ -25,6 +25,7 @@ def taper(
     model: nn.Module,
     names: Iterable[str] = ("*",),
     *,
+    bias: bool = False,
     optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
 ) -> list[str]:
     """Turn a model's norms into TaperNorms that share one gate, in place.
@@ -42,20 +43,23 @@ def taper(
         model: changed in place.
         names: glob patterns over module names; a norm with a name that matches one is tapered. One that is tapered
             already is left as it is.
-        optimizers: that exist already; the new gains and biases join the groups that hold the norms' own.
+        bias: give the linear branch a trained bias, which starts at 0, where the norm has none
+            (:meth:`taperlit.TaperNorm.add_bias`); folded, the maps that the norm feeds have biases.
+        optimizers: that exist already; the new gains and biases join the groups that hold the norms' own, and a bias
+            that the norm has not the group of its gain.
 
     Returns:
         The names of the norms that are newly tapered; of a norm with several names the first.
 
     Raises:
-        TaperlitError: no norm matches, or one would join norms whose gate is not 1 any more.
+        TaperlitError: no norm matches, one would join norms whose gate is not 1 any more, or optimizers are given and
+            none holds the gain whose group a new bias would join.
 
     Warns:
         UserWarning: modules called norms that match, but compute something else, are left alone; they are named.
     """
     patterns = [names] if isinstance(names, str) else list(names)
-    if isinstance(optimizers, torch.optim.Optimizer):
-        optimizers = [optimizers]
+    optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
     matching: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
@@ -82,11 +86,21 @@ def taper(
             f"The gate of the norms that are tapered already is {gate.value.item():.6g}; {matching[next(iter(kinds))]} "
             "would jump there. Taper all norms while the gate is 1."
         )
+    if bias and optimizers:
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        for module in kinds:
+            if getattr(module, "bias", None) is None and id(getattr(module, "weight", None)) not in held:
+                raise TaperlitError(
+                    f"No optimizer holds a gain of {matching[module]}, whose group its new bias would join; taper the "
+                    "model before the optimizers are made."
+                )
     if unknown:
         warnings.warn(f"taper: {left}.", stacklevel=2)
     device = next((p.device for p in model.parameters()), None)
     for module, kind in kinds.items():
         new = become_tapered(module, kind, gate, device)
+        if bias:
+            new.add_bias()
         gate = new.gate
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, TaperNorm) for m in encoder.modules()):
@@ -96,25 +110,27 @@ def taper(
     return [matching[module] for module in kinds]
 
 
-def _twins(norms: Iterable[TaperNorm]) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """Each trainable parameter of the linear branch after the norm's own that it began as."""
+def _twins(norms: Iterable[TaperNorm]) -> Iterator[tuple[nn.Parameter | None, nn.Parameter]]:
+    """Each trainable parameter of the linear branch after the norm's own that it began as, if there is one."""
     for norm in norms:
         for own, twin in ((norm.own("weight"), norm.taper_weight), (norm.own("bias"), norm.taper_bias)):
-            if own is not None and twin is not None and twin.requires_grad:
+            if twin is not None and twin.requires_grad:
                 yield own, twin
 
 
 def _join(optimizers: Iterable[torch.optim.Optimizer], norms: list[TaperNorm]) -> None:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for own, twin in _twins(norms):
-        for group in groups:
-            held = {id(parameter) for parameter in group["params"]}
-            if id(own) in held and id(twin) not in held:
-                group["params"].append(twin)
+    for norm in norms:
+        for own, twin in _twins([norm]):
+            beside = norm.own("weight") if own is None else own
+            for group in groups:
+                held = {id(parameter) for parameter in group["params"]}
+                if id(beside) in held and id(twin) not in held:
+                    group["params"].append(twin)
 
 
 def missing_gains(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
-    """Trainable parameters of linear branches that no optimizer holds, though one holds the norm's own.
+    """Trainable parameters of linear branches that no optimizer holds, though one holds the norm's own, if it has one.
 
     Args:
         model: tapered.
@@ -124,7 +140,8 @@ def missing_gains(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer])
         The parameters' names; empty when nothing is missing.
     """
     held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = {twin for own, twin in _twins(tapered_norms(model).values()) if own in held and twin not in held}
+    twins = _twins(tapered_norms(model).values())
+    missing = {twin for own, twin in twins if (own is None or own in held) and twin not in held}
     return [name for name, parameter in model.named_parameters() if parameter in missing]
 
 

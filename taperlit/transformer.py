@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, D head width.
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taperlit.errors import TaperlitError
+from taperlit.fields import mismatch, shown
 from taperlit.loss import chunked_cross_entropy, token_losses
 from taperlit.norm import Float32State
 
@@ -62,6 +64,13 @@ class RopeScaling(TypedDict):
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+LARGEST = {
+    "n_layer": 1 << 12,
+    **dict.fromkeys(("vocab_size", "block_size", "n_head", "n_kv_head", "d_model", "d_ff", "d_head"), 1 << 24),
+}
+"""The largest sizes that a config may have: what is beyond is a slip, and would take for ever to build."""
 
 
 @dataclass
@@ -114,24 +123,30 @@ class TransformerConfig:
         for name in ("norm", "position", "mlp"):
             choices = get_args(type(self).__dataclass_fields__[name].type)
             if getattr(self, name) not in choices:
-                raise TaperlitError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(choices)}.")
+                raise TaperlitError(f"{name} is {shown(getattr(self, name))}; choose from {', '.join(choices)}.")
+        for name, hint in _HINTS.items():
+            if name != "rope_scaling" and (wrong := mismatch(getattr(self, name), hint, name)) is not None:
+                raise TaperlitError(f"{wrong}; correct it.")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.d_ff is None:
             self.d_ff = 64 * math.ceil(8 * self.d_model / 3 / 64) if self.gated_mlp else 4 * self.d_model
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff"):
-            if getattr(self, name) < 1:
-                raise TaperlitError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name, most in LARGEST.items():
+            if (size := getattr(self, name)) is not None and not 1 <= size <= most:
+                bound = "at least 1" if size < 1 else f"at most {most}"
+                raise TaperlitError(f"{name} must be {bound}, not {shown(size)}.")
+        if self.norm_eps < 0:
+            raise TaperlitError(f"norm_eps must be at least 0, not {self.norm_eps}.")
+        if not 1 <= self.rope_theta <= 1e30:
+            raise TaperlitError(f"rope_theta must be between 1 and 1e30, not {shown(self.rope_theta)}.")
         if self.d_head is None:
             if self.d_model % self.n_head:
                 raise TaperlitError(
                     f"d_model {self.d_model} is not a multiple of n_head {self.n_head}; change one, or give d_head."
                 )
             self.d_head = self.d_model // self.n_head
-        if self.d_head < 1:
-            raise TaperlitError(f"d_head must be at least 1, not {self.d_head}.")
         if self.n_head % self.n_kv_head:
             raise TaperlitError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
         if self.position == "rope" and self.d_head % 2:
@@ -140,11 +155,17 @@ class TransformerConfig:
             self._check_scaling(self.rope_scaling)
 
     def _check_scaling(self, scaling: RopeScaling) -> None:
+        if not isinstance(scaling, dict):
+            raise TaperlitError(f"rope_scaling is {shown(scaling)}, not a dictionary; give its keys.")
         keys = RopeScaling.__annotations__.keys()
         if self.position != "rope":
             raise TaperlitError(f"rope_scaling is for position 'rope', not {self.position!r}; leave it out.")
         if scaling.keys() != keys:
-            raise TaperlitError(f"rope_scaling has {', '.join(scaling)}; give {', '.join(keys)}, and nothing else.")
+            raise TaperlitError(
+                f"rope_scaling has {', '.join(map(str, scaling))}; give {', '.join(keys)}, and nothing else."
+            )
+        if (wrong := mismatch(scaling, RopeScaling, "rope_scaling")) is not None:
+            raise TaperlitError(f"{wrong}; correct it.")
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         if not (0 < low < high and scaling["factor"] > 0 and scaling["original_max_position_embeddings"] > 0):
             raise TaperlitError(
@@ -188,7 +209,8 @@ class TransformerConfig:
         return cls(**{**PRESETS[name], **overrides})
 
 
-TransformerOverrides = TypedDict("TransformerOverrides", get_type_hints(TransformerConfig), total=False)  # type: ignore[misc]
+_HINTS = get_type_hints(TransformerConfig)
+TransformerOverrides = TypedDict("TransformerOverrides", _HINTS, total=False)  # type: ignore[misc]
 """The fields of ``TransformerConfig`` that a run may change in its preset."""
 
 _GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tied=True)
@@ -236,6 +258,14 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
+def _memory() -> float:
+    """The machine's memory, in bytes; without end where it is not told."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
 class Rope(Float32State):
     """Rotary position embedding (arXiv:2104.09864), in Llama's half-split layout; tables stay float32."""
 
@@ -246,6 +276,12 @@ class Rope(Float32State):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        size = 16 * config.block_size * config.head_width  # bytes, while they are filled
+        if torch.get_default_device().type != "meta" and size > (memory := _memory()) / 2:
+            raise TaperlitError(
+                f"The rotary tables of block_size {config.block_size} take {size / 1e9:.1f} GB to make, and this "
+                f"machine has {memory / 1e9:.1f}; lower block_size."
+            )
         self.register_buffer("cos", torch.empty(config.block_size, config.head_width), persistent=False)
         self.register_buffer("sin", torch.empty(config.block_size, config.head_width), persistent=False)
         self.reset_parameters()

@@ -14,6 +14,7 @@ from taperlit.callbacks.first_position import FirstPosition
 from taperlit.callbacks.fold import FoldOnEnd
 from taperlit.callbacks.gate import GateSchedule
 from taperlit.callbacks.hold import GateHold
+from taperlit.callbacks.lr_dip import LearningRateDip
 from taperlit.callbacks.massive import ShrinkMassive
 from taperlit.callbacks.monitor import TaperMonitor
 from taperlit.callbacks.progress import StepProgressBar
@@ -34,6 +35,7 @@ __all__ = [
     "FoldOnEnd",
     "GateHold",
     "GateSchedule",
+    "LearningRateDip",
     "LossTails",
     "RngState",
     "RunCheckpoint",

@@ -12,6 +12,7 @@ from taperlit.callbacks.plan import Boundary, find_boundary, forget_plan
 from taperlit.distributed import keep_buffers_float32, mean_over_ranks, whole_parameters
 from taperlit.errors import TaperlitError
 from taperlit.norm import AlignmentFit, Gate, Phase, TaperNorm, set_alignment_fit, shared_gate, update_alignment
+from taperlit.ranges import require_range
 from taperlit.surgery import require_tapered
 
 
@@ -76,10 +77,8 @@ class AlignmentFreeze(L.Callback):
         track: float | None = None,
         moments: bool = False,
     ) -> None:
-        if not 0 < ema_rate <= 1:
-            raise TaperlitError(f"AlignmentFreeze.ema_rate is {ema_rate}; it must be in (0, 1].")
-        if track is not None and not 0 <= track < 1:
-            raise TaperlitError(f"AlignmentFreeze.track is {track}; it must be in [0, 1).")
+        require_range("AlignmentFreeze.ema_rate", ema_rate, above=0, most=1)
+        require_range("AlignmentFreeze.track", track, least=0, below=1)
         self.at, self.ema_rate, self.fit = at, ema_rate, AlignmentFit(fit, skip)
         self.track, self.moments = track, moments
         self._norms: dict[str, TaperNorm] = {}

@@ -14,6 +14,7 @@ from taperlit.callbacks.submodule import first_input, named_module
 from taperlit.callbacks.token_scale import scale_over
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm
+from taperlit.ranges import require_range
 from taperlit.training.lightning_compat import should_log
 
 
@@ -58,12 +59,11 @@ class ScaleAnchor(L.Callback):
         at: int | float | None = None,
         skip: int = 0,
     ) -> None:
-        if skip < 0:
-            raise TaperlitError(f"ScaleAnchor.skip is {skip}; it must be 0 or more.")
-        self.skip = skip
-        if weight < 0 or not 0 < ema_rate <= 1:
-            raise TaperlitError(f"ScaleAnchor needs weight >= 0 and 0 < ema_rate <= 1, not {weight} and {ema_rate}.")
+        require_range("ScaleAnchor.weight", weight, least=0)
+        require_range("ScaleAnchor.ema_rate", ema_rate, above=0, most=1)
+        require_range("ScaleAnchor.skip", skip, least=0)
         self.module, self.weight, self.ema_rate, self.kind, self.at = module, weight, ema_rate, kind, at
+        self.skip = skip
         self._undo: list[Callable[[], None]] = []
         self._forget()
 

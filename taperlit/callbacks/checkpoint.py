@@ -1,7 +1,10 @@
-"""Checkpoints of a run: the latest, always, the best, and one more when the run is told to stop."""
+"""Checkpoints of a run: the latest, always, the best, one every so many minutes and when the run is told to stop."""
 
+import os
 import signal
 import threading
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +14,50 @@ from torch import Tensor
 
 from taperlit.checkpoint.atomic import recover
 from taperlit.distributed import gather
-from taperlit.training.lightning_compat import CheckpointCallback, repeat_validation, should_accumulate, validates_next
+from taperlit.errors import TaperlitError
+from taperlit.training.lightning_compat import (
+    CheckpointCallback,
+    log_step_now,
+    repeat_validation,
+    should_accumulate,
+    stop_launched,
+    validates_next,
+)
+from taperlit.training.trainer import Trainer
+
+PATIENCE = 5.0  # seconds that a process which is told to stop at once waits for a checkpoint being written
 
 
 class Stopped(SIGTERMException):
-    """A fit that SIGTERM ended. A process that does not catch it exits with the shell's status for that, 143.
+    """A fit that SIGTERM or SIGINT ended. A process that does not catch it exits with the shell's status, 143 or 130.
 
     Args:
         checkpoint: path of the ``last.ckpt`` to go on from; None where there is none.
+        signum: of the signal.
     """
 
-    def __init__(self, checkpoint: str | None) -> None:
-        super().__init__(128 + signal.SIGTERM)
+    def __init__(self, checkpoint: str | None, signum: int = signal.SIGTERM) -> None:
+        super().__init__(128 + signum)
         self.checkpoint = checkpoint
+        self.signum = signum
 
 
 class RunCheckpoint(CheckpointCallback):
     """ModelCheckpoint that keeps the best by validation loss and a ``last.ckpt`` that is the run's end.
 
-    On SIGTERM, sent to any process, it lets the training step or validation batch under way finish on all of them,
-    saves ``last.ckpt`` and raises :class:`Stopped`. A validation pass that was interrupted is done again, from its
-    start, by the run that goes on. Where validation data on several processes has no length, the pass ends first. A
-    signal in the sanity check, before the first step, saves nothing; one in the last step ends no sooner than the run.
+    ``last.ckpt`` is also saved when it is some minutes old, between validations. With :class:`taperlit.Trainer` on one
+    process, or with DDP, training then goes on as soon as the state is copied to host memory (of each process's host,
+    as much again as the checkpoint has bytes), and the file is written meanwhile. The best is known after a validation
+    only, and saved there.
+
+    On SIGTERM or SIGINT (Ctrl-C), sent to any process, it lets the training step or validation batch under way finish
+    on all of them, saves ``last.ckpt`` and raises :class:`Stopped`. A second SIGINT stops at once and saves nothing. A
+    validation pass that was interrupted is done again, from its start, by the run that goes on. Where validation data
+    on several processes has no length, the pass ends first. A signal in the sanity check, before the first step, saves
+    nothing; one in the last step ends no sooner than the run.
 
     (Lightning's own handler starts a collective operation inside the signal handler, which can hang a run of several
-    processes, and stops only after validation.)
+    processes, and stops only after validation; its Ctrl-C saves nothing.)
 
     Example::
 
@@ -47,9 +69,11 @@ class RunCheckpoint(CheckpointCallback):
         monitor: what the best is best in.
         save_last: keep a ``last.ckpt``, too.
         enable_version_counter: give a file another name where one of its name is there.
+        minutes: the age at which ``last.ckpt`` is saved anew after a training step; None for never.
         **kwargs: ModelCheckpoint's others.
 
     Raises:
+        TaperlitError: ``minutes`` is not positive.
         Stopped: as above.
     """
 
@@ -59,6 +83,7 @@ class RunCheckpoint(CheckpointCallback):
         monitor: str | None = "val/loss",
         save_last: bool | None = True,
         enable_version_counter: bool = False,
+        minutes: float | None = 15.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -68,8 +93,14 @@ class RunCheckpoint(CheckpointCallback):
             enable_version_counter=enable_version_counter,
             **kwargs,
         )
+        if minutes is not None and not minutes > 0:
+            raise TaperlitError(f"RunCheckpoint.minutes is {minutes}; it must be positive, or null for never.")
+        self.minutes = minutes
+        self._saved_last = time.monotonic()
         self._evaluates = False
-        self._terminated = False
+        self._told = 0  # the signal's number
+        self._handlers: dict[int, Any] = {}  # those that were there before
+        self._in_step = False  # saving after a training step
         self._in_validation = False  # saving within a pass
         self._common_batches = 0.0  # of this pass, that every process still has before it
 
@@ -77,40 +108,101 @@ class RunCheckpoint(CheckpointCallback):
         """Find the folder that the checkpoints go to."""
         super().setup(trainer, pl_module, stage)
         self._evaluates = stage != "fit"
+        self._speaks = trainer.is_global_zero
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget an earlier fit's signal."""
-        self._terminated = False
+        self._told = 0
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen for SIGTERM from here on."""
+        """Listen for signals from here on."""
         self._listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen for SIGTERM, in a run that has no sanity check too."""
+        """Listen for signals, in a run that has no sanity check too."""
         super().on_train_start(trainer, pl_module)
+        self._saved_last = time.monotonic()
         self._listen()
 
     def _listen(self) -> None:
-        # In place of Lightning's handler. Lightning gives the signal back when the run ends, however it ends.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+        # In place of Lightning's handlers and, until the end, of those that were there before a fit.
+        if self._handlers or threading.current_thread() is not threading.main_thread():
+            return
+        self._process = os.getpid()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # the process was started so, in the background
+                self._handlers[signum] = signal.signal(signum, self._on_signal)
 
-    def _on_sigterm(self, *_: Any) -> None:
-        self._terminated = True
+    def _on_signal(self, signum: int, _: Any) -> None:
+        if os.getpid() != self._process:  # a worker of the data loader's, forked with this handler
+            return
+        self._told = signum
+        if signum == signal.SIGINT:
+            self._give_back(signal.SIGINT)  # for the second, which is meant to stop at once
+            # Not print: its buffer may be in use just now.
+            if self._speaks:
+                os.write(2, b"\nSaving last.ckpt once the step is done; Ctrl-C again stops at once, without it.\n")
+
+    def _give_back(self, *signums: int) -> None:
+        for signum in signums or tuple(self._handlers):
+            if signum in self._handlers:
+                signal.signal(signum, self._handlers.pop(signum))
+
+    def _is_due(self) -> bool:
+        return self.save_last is True and self.minutes is not None and self._age() >= 60 * self.minutes
+
+    def _age(self) -> float:
+        return time.monotonic() - self._saved_last
 
     def _anyone_was_told(self, trainer: L.Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
+        return trainer.strategy.reduce_boolean_decision(bool(self._told), all=False)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save if it is time, or if any process was told to stop."""
-        super().on_train_batch_end(trainer, pl_module, *args)
-        if should_accumulate(trainer) or not self._anyone_was_told(trainer) or validates_next(trainer):
+        self._in_step = True
+        try:
+            super().on_train_batch_end(trainer, pl_module, *args)
+            if not should_accumulate(trainer):
+                self._after_step(trainer)
+        finally:
+            self._in_step = False
+
+    def _after_step(self, trainer: L.Trainer) -> None:
+        failed = isinstance(trainer, Trainer) and trainer.saving_failed
+        # One question for three, since every step asks it of all processes.
+        if not trainer.strategy.reduce_boolean_decision(bool(self._told) or failed or self._is_due(), all=False):
+            return
+        answers = gather((self._told, failed, self._is_due()))
+        told, failed, due = (max(answer) for answer in zip(*answers, strict=True))
+        if failed:
+            trainer.finish_saving()
+        if validates_next(trainer):
             return  # a validation pass stops at its first batch, and so knows that it has to be done again
+        if told:
+            self._save_and_stop(trainer, told)
+        elif due and self.saved_at != trainer.global_step:
+            self._save_behind(trainer)
+
+    def _save_and_stop(self, trainer: L.Trainer, signum: int) -> None:
         if self.saved_at != trainer.global_step:
             self.save_last_now(trainer)
+        self._finish(trainer)
         if not _is_over(trainer):
-            raise Stopped(self.last_model_path or None)
+            raise Stopped(self.last_model_path or None, signum)
+
+    def _save_behind(self, trainer: L.Trainer) -> None:
+        with trainer.saving_in_background() if isinstance(trainer, Trainer) else nullcontext():
+            self.save_last_now(trainer)
+
+    def _finish(self, trainer: L.Trainer) -> None:
+        if isinstance(trainer, Trainer):
+            trainer.finish_saving()
+
+    def before_saving(self, trainer: L.Trainer) -> None:
+        """Write the step's numbers first: a run that goes on from the checkpoint does not log them again."""
+        self._saved_last = time.monotonic()
+        if self._in_step:
+            log_step_now(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out how many batches all processes have: only in those can they agree to stop."""
@@ -124,14 +216,23 @@ class RunCheckpoint(CheckpointCallback):
         self._common_batches -= 1
         if trainer.state.fn != "fit" or self._common_batches < 0 or not self._anyone_was_told(trainer):
             return
+        signum = max(gather(self._told))
         if trainer.sanity_checking:
-            raise Stopped(None)
+            raise Stopped(None, signum)
         self._in_validation = True
         try:
             self.save_last_now(trainer)
         finally:
             self._in_validation = False
-        raise Stopped(self.last_model_path or None)
+        raise Stopped(self.last_model_path or None, signum)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save as ModelCheckpoint does, and ``last.ckpt`` if it is old: it goes with a new best only."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self.saved_at == trainer.global_step:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._is_due(), all=False):
+            self._save_behind(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Mark what is saved within a validation pass: the pass is to be done again."""
@@ -143,6 +244,22 @@ class RunCheckpoint(CheckpointCallback):
         super().on_train_end(trainer, pl_module)
         if self.save_last and self.saved_at != trainer.global_step:
             self.save_last_now(trainer)
+        self._finish(trainer)
+        self._give_back()  # all is saved: what other callbacks do now may be stopped where it stands
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let a checkpoint that is being written be whole; take those along that this process has launched."""
+        super().on_exception(trainer, pl_module, exception)
+        self._give_back()
+        at_once = isinstance(exception, SystemExit) and not isinstance(exception, Stopped)
+        if isinstance(trainer, Trainer):
+            trainer.abandon_saving(PATIENCE if at_once else None)
+        if at_once:
+            stop_launched(trainer, signal.SIGTERM)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back after a fit that had no step left, too."""
+        self._give_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Paths and scores of the checkpoints so far, tensors on the CPU."""

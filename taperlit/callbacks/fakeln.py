@@ -18,6 +18,7 @@ from taperlit.data.tokenizer import end_of_text_id
 from taperlit.distributed import keep_buffers_float32, mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.norm import plain_name
+from taperlit.ranges import require_range
 from taperlit.schedule import resolve_steps
 from taperlit.training.lightning_compat import should_log
 
@@ -86,8 +87,8 @@ class FakeLNSchedule(L.Callback):
     ) -> None:
         if sigma not in ("start", "moving"):
             raise TaperlitError(f"FakeLNSchedule.sigma is {sigma!r}; choose start or moving.")
-        if aux_weight < 0:
-            raise TaperlitError(f"FakeLNSchedule.aux_weight is {aux_weight}; it must be 0 or more.")
+        require_range("FakeLNSchedule.aux_weight", aux_weight, least=0)
+        require_range("FakeLNSchedule.end_of_text", end_of_text, least=0)
         self.start, self.mlp, self.qk, self.v, self.final = start, mlp, qk, v, final
         self.sigma, self.halves, self.aux_weight, self.end_of_text = sigma, halves, aux_weight, end_of_text
         self._undo: list[Callable[[], None]] = []

@@ -13,6 +13,7 @@ from taperlit.callbacks.stages import stages_of
 from taperlit.distributed import mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.norm import Gate, GatePlan, Phase, Stage, TaperNorm, shared_gate
+from taperlit.ranges import require_range
 from taperlit.schedule import resolve_steps
 from taperlit.surgery import missing_gains, require_tapered
 
@@ -88,8 +89,7 @@ class GateSchedule(L.Callback):
             raise TaperlitError(f"GateSchedule.stages is {stages!r}; choose depth or kind, or give patterns of names.")
         if isinstance(warmup, str) and warmup != "auto":
             raise TaperlitError(f"GateSchedule.warmup is {warmup!r}; give steps, a fraction of the run, or auto.")
-        if not settle > 0:
-            raise TaperlitError(f"GateSchedule.settle is {settle}; it must be above 0.")
+        require_range("GateSchedule.settle", settle, above=0)
         if shape not in ("cosine", "linear"):
             raise TaperlitError(f"GateSchedule.shape is {shape!r}; choose cosine or linear.")
         if closed not in ("refuse", "keep"):

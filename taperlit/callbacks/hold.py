@@ -13,6 +13,7 @@ from taperlit.callbacks.plan import forget_plan
 from taperlit.distributed import gradient_norms, mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.norm import Gate, TaperNorm, shared_gate
+from taperlit.ranges import require_range
 from taperlit.schedule import resolve_steps
 from taperlit.surgery import require_tapered
 from taperlit.training.lightning_compat import should_log
@@ -71,10 +72,10 @@ class GateHold(L.Callback):
         back: int | float = 0.1,
         latest: int | float = 0.9,
     ) -> None:
-        if not 0 < band <= far:
-            raise TaperlitError(f"GateHold needs 0 < band <= far, not {band} and {far}.")
-        if window < 4 or patience < 1:
-            raise TaperlitError(f"GateHold needs window >= 4 and patience >= 1, not {window} and {patience}.")
+        require_range("GateHold.band", band, above=0)
+        require_range("GateHold.far", far, least=band)
+        require_range("GateHold.window", window, least=4)
+        require_range("GateHold.patience", patience, least=1)
         self.band, self.window, self.patience, self.back, self.latest = band, window, patience, back, latest
         self.far = far
         self._norms: dict[str, TaperNorm] = {}

@@ -14,6 +14,7 @@ from taperlit.callbacks.submodule import first_input
 from taperlit.distributed import gather
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm, plain_name, shared_gate
+from taperlit.ranges import require_range
 from taperlit.schedule import resolve_steps
 from taperlit.surgery import require_tapered
 
@@ -67,8 +68,7 @@ class ShrinkMassive(L.Callback):
     """
 
     def __init__(self, multiple: float = 4.0, begin: int | float = 2, end: int | float = 0.1) -> None:
-        if not multiple >= 1:
-            raise TaperlitError(f"ShrinkMassive.multiple is {multiple}; it must be at least 1.")
+        require_range("ShrinkMassive.multiple", multiple, least=1)
         self.multiple, self.begin, self.end = multiple, begin, end
         self._forget()
 

@@ -20,6 +20,7 @@ from taperlit.callbacks.token_scale import is_uncounted, token_scale
 from taperlit.distributed import gradient_norms, mean_over_ranks, whole
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm, plain_name, tapered_norms
+from taperlit.ranges import require_range
 
 TAILS = ("max", "p999")
 HISTOGRAMS = 200  # of each norm in a whole run, at most: they take a hundred times a number's space
@@ -69,8 +70,7 @@ class TaperMonitor(L.Callback):
     """
 
     def __init__(self, every: int = 50, residual: str | None = None, logits: str | None = None) -> None:
-        if every < 1:
-            raise TaperlitError(f"TaperMonitor.every is {every}; it must be at least 1.")
+        require_range("TaperMonitor.every", every, least=1)
         self.every, self.residual, self.logits = every, residual, logits
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._radial = RadialGradient()

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from taperlit.ranges import require_range
 from taperlit.training.lightning_compat import update_bar
 
 
@@ -14,9 +15,13 @@ class StepProgressBar(TQDMProgressBar):
     Args:
         refresh_rate: optimizer steps between two redraws.
         leave: keep finished bars on the screen.
+
+    Raises:
+        TaperlitError: a refresh rate below 1.
     """
 
     def __init__(self, refresh_rate: int = 10, leave: bool = False) -> None:
+        require_range("StepProgressBar.refresh_rate", refresh_rate, least=1)
         super().__init__(refresh_rate=refresh_rate, leave=leave)
 
     def on_train_start(self, *args: Any) -> None:

@@ -21,6 +21,7 @@ from taperlit.distributed import data_rank, mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.modes import evaluating
 from taperlit.norm import plain_name, tapered_norms
+from taperlit.ranges import require_range, require_seed
 from taperlit.schedule import resolve_steps
 from taperlit.training.lightning_compat import should_log
 
@@ -81,16 +82,13 @@ class TailPenalty(L.Callback):
         vocab_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        if weight < 0 or multiple < 1 or not 0 < ema_rate <= 1:
-            raise TaperlitError(
-                f"TailPenalty needs weight >= 0, multiple >= 1 and 0 < ema_rate <= 1, not {weight}, {multiple} and "
-                f"{ema_rate}."
-            )
-        if (random_every is not None and random_every < 1) or random_sequences < 1:
-            raise TaperlitError(
-                f"TailPenalty needs random_every and random_sequences of 1 or more, not {random_every} and "
-                f"{random_sequences}; None is never."
-            )
+        require_range("TailPenalty.weight", weight, least=0)
+        require_range("TailPenalty.multiple", multiple, least=1)
+        require_range("TailPenalty.ema_rate", ema_rate, above=0, most=1)
+        require_range("TailPenalty.random_every", random_every, least=1, mend="null is never")
+        require_range("TailPenalty.random_sequences", random_sequences, least=1)
+        require_range("TailPenalty.vocab_size", vocab_size, least=1)
+        require_seed("TailPenalty.seed", seed)
         self.modules = [modules] if isinstance(modules, str) else modules
         self.residual, self.weight, self.multiple, self.ema_rate = residual, weight, multiple, ema_rate
         self.start, self.random_every, self.random_sequences = start, random_every, random_sequences

@@ -17,6 +17,7 @@ from taperlit.distributed import data_rank, gather
 from taperlit.errors import TaperlitError
 from taperlit.metrics import TokenLossTails
 from taperlit.norm import TaperNorm, plain_name
+from taperlit.ranges import require_range
 
 PER_LINE = 4  # norms
 
@@ -51,12 +52,12 @@ class LossTails(L.Callback):
         during_fit: log in a fit's validations too, without the table.
 
     Raises:
-        TaperlitError: the threshold is negative; before the first batch, if the reference cannot be read or has another
+        TaperlitError: a threshold below 0; before the first batch, if the reference cannot be read or has another
             vocabulary; in the first batch, if the LightningModule returns no token losses.
     """
 
     def __init__(self, reference: str | None = None, threshold: float = 5.0, during_fit: bool = False) -> None:
-        TokenLossTails(threshold)  # which checks it
+        require_range("LossTails.threshold", threshold, least=0)
         self.reference, self.threshold, self.during_fit = reference, threshold, during_fit
         self._forget()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from taperlit.distributed import data_rank
 from taperlit.errors import TaperlitError
+from taperlit.ranges import require_range
 from taperlit.training.lightning_compat import compute_dtype, should_accumulate, should_log
 
 
@@ -23,10 +24,11 @@ class TokenThroughput(L.Callback):
         window: optimizer steps averaged over.
 
     Raises:
-        TaperlitError: before the first step, if its batch is no token block.
+        TaperlitError: a window of less than 2 steps; before the first step, if its batch is no token block.
     """
 
     def __init__(self, window: int = 20) -> None:
+        require_range("TokenThroughput.window", window, least=2)  # the rate is of a difference
         self.window = window
         self.tokens = 0
         self._elapsed, self._since = 0.0, 0.0

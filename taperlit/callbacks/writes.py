@@ -12,6 +12,7 @@ from taperlit.callbacks.after_step import after_each_step
 from taperlit.callbacks.plan import find_boundary, forget_plan
 from taperlit.errors import TaperlitError
 from taperlit.norm import plain_name
+from taperlit.ranges import require_range
 from taperlit.static import cap_singular_values
 
 WRITERS = ("*.o_proj", "*.down_proj", "*.c_proj")
@@ -51,8 +52,7 @@ class BoundedWrites(L.Callback):
     def __init__(
         self, multiple: float = 2.5, at: int | float | None = None, names: Sequence[str] | None = None
     ) -> None:
-        if not multiple > 1:
-            raise TaperlitError(f"BoundedWrites.multiple is {multiple}; it must be above 1.")
+        require_range("BoundedWrites.multiple", multiple, above=1)
         if isinstance(names, str) or (names is not None and not names):
             raise TaperlitError(f"BoundedWrites.names is {names!r}; give a list of patterns, or None.")
         self.multiple, self.at, self.names = multiple, at, names

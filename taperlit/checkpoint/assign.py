@@ -105,9 +105,16 @@ def assign(model: nn.Module, values: dict[str, Tensor], source: str) -> None:
         source: what the values come from, for the error's message.
 
     Raises:
-        TaperlitError: a tensor is missing, left over or of another shape, or a tensor of the model got no values.
+        TaperlitError: a tensor is missing, left over, of another shape or kind of numbers, or a tensor of the model got
+            no values.
     """
     before = dict(model.named_parameters(remove_duplicate=False))
+    for name, there in model.state_dict().items():
+        if (value := values.get(name)) is not None and _kind(value) != _kind(there):
+            raise TaperlitError(
+                f"{source}: {name} is of {_dtype(value)}, and {type(model).__name__} has it of {_dtype(there)}; build "
+                "the model that it is of."
+            )
     try:
         missing, unexpected = model.load_state_dict(values, strict=False, assign=True)
     except RuntimeError as error:
@@ -126,6 +133,36 @@ def assign(model: nn.Module, values: dict[str, Tensor], source: str) -> None:
                 f"{name} of {kind} has no values: they are not in {source}, and its constructor makes them of a "
                 "parameter's; make it a registered buffer."
             )
+
+
+def check_finite(model: nn.Module, source: str, mend: str) -> None:
+    """Refuse a model with a parameter that is not finite.
+
+    Args:
+        model: with its values.
+        source: what they come from, for the error's message.
+        mend: what helps then.
+
+    Raises:
+        TaperlitError: names the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and parameter.is_floating_point() and not parameter.is_meta:
+            values = parameter.detach()
+            values = values if values.itemsize > 1 else values.float()  # torch compares no numbers of 8 bits
+            if not all(bound.isfinite() for bound in values.aminmax()):  # NaN is its own bound; no second copy is made
+                raise TaperlitError(f"{source}: {name} has values that are not finite; {mend}.")
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return "nothing of numbers"
+    kinds = {"floating": value.is_floating_point(), "complex": value.is_complex(), "bool": value.dtype is torch.bool}
+    return next((name for name, is_it in kinds.items() if is_it), "integer")
+
+
+def _dtype(value: Any) -> str:
+    return str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from taperlit.errors import TaperlitError
 
+_own: set[Path] = set()  # what this process may have aside
+
 
 def aside(path: Path, kind: str) -> Path:
     """A hidden name beside a path."""
@@ -26,7 +28,15 @@ def aside_of_this_process(path: Path) -> Path:
         number = left.name.removeprefix(start).removesuffix(".partial")
         if number.isdigit() and int(number) != os.getpid() and not _runs(int(number)):
             remove(left)
-    return aside(path, f"{host}.{os.getpid()}.partial")
+    own = aside(path, f"{host}.{os.getpid()}.partial")
+    _own.add(own)
+    return own
+
+
+def remove_own_asides() -> None:
+    """Remove what this process has aside, before it ends without unwinding."""
+    for path in _own:
+        remove(path)
 
 
 def _runs(process: int) -> bool:
@@ -103,9 +113,11 @@ def write_file(path: Path, fill: Callable[[Path], object]) -> None:
         fill: writes to the path that it is given.
 
     Raises:
-        TaperlitError: the disk refuses; what was at ``path`` stays.
+        TaperlitError: it is a folder, or the disk refuses; what was at ``path`` stays.
     """
     try:
+        if path.is_dir():
+            raise TaperlitError(f"{path} is a folder; name a file.")
         partial = aside_of_this_process(path)
         try:
             fill(partial)

@@ -2,23 +2,46 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from taperlit.checkpoint.archive import check_zip
 from taperlit.checkpoint.atomic import recover
+from taperlit.checkpoint.plain import cannot_be_read, check_fields, check_file
 from taperlit.checkpoint.sharded import (
     META,
     check_sharded,
-    check_zip,
     read_sharded,
     read_sharded_weights,
-    sizes_of_sharded,
+    tensors_of_sharded,
 )
 from taperlit.errors import TaperlitError
 
 CHECKPOINT_FORMAT = 2  # raise it when a checkpoint's content changes so that older ones cannot be used
+
+MEND = "use another one"
+
+
+class _Content(TypedDict, total=False):
+    """What readers take of a checkpoint as it is."""
+
+    state_dict: dict[str, Any]
+    hyper_parameters: dict[str, Any]
+    taperlit: dict[str, Any]
+    callbacks: dict[str, Any]
+    TextDataModule: dict[str, Any]
+
+
+class _Data(TypedDict, total=False):
+    """What the data's part of it holds."""
+
+    tokenizer: str | None
+    sample: Tensor | None
+    corpus: str
+    seed: int
+    global_batch: int
 
 
 def open_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
@@ -32,13 +55,20 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
         Of a file all that is in it, mapped from the disk; of a directory all but weights and optimizer.
 
     Raises:
-        TaperlitError: missing, truncated, damaged, no checkpoint, another program's, or another version's.
+        TaperlitError: missing, not to be read, truncated, damaged, no checkpoint, another program's, or another
+            version's.
     """
     path = Path(path)
-    recover(path)
-    if not path.exists():
-        raise TaperlitError(f"{path}: no such checkpoint.")
-    if path.suffix == ".safetensors" or (path / "model.safetensors").exists():
+    try:
+        recover(path)
+        if not path.exists():
+            raise TaperlitError(f"{path}: no such checkpoint.")
+        is_folded = (path / "model.safetensors").exists()
+    except OSError as error:
+        raise cannot_be_read(path, error, MEND) from error
+    if not path.is_dir():
+        check_file(path, MEND)
+    if path.suffix == ".safetensors" or is_folded:
         raise TaperlitError(f"{path} is a folded model, not a checkpoint; name the .ckpt that it was folded from.")
     if path.is_dir() and not (path / META).exists():
         raise TaperlitError(f"{path} is a directory without a checkpoint's {META}; name the .ckpt in it.")
@@ -61,6 +91,13 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> dict[str, Any]:
     if number != CHECKPOINT_FORMAT:
         which = "a newer" if isinstance(number, int) and number > CHECKPOINT_FORMAT else "an older"
         raise TaperlitError(f"{path} was written by {which} taperlit; use that version, or train again.")
+    known = {key: value for key, value in checkpoint.items() if key in _Content.__annotations__}
+    check_fields(known, _Content, path, "it", MEND)
+    data = {key: value for key, value in known.get("TextDataModule", {}).items() if key in _Data.__annotations__}
+    check_fields(data, _Data, path, "TextDataModule", MEND)
+    sample = data.get("sample")
+    if sample is not None and (sample.ndim != 2 or sample.is_floating_point() or not 1 <= len(sample) <= 64):
+        raise TaperlitError(f"{path}: TextDataModule.sample is no few rows of tokens; {MEND}.")
     return checkpoint
 
 
@@ -97,7 +134,7 @@ def read_weights(
     """
     path = Path(path)
     try:
-        sizes = {name: size for name, size in _sizes(path).items() if name.startswith(prefix)}
+        sizes = {name: size for name, (_, size) in _tensors(path).items() if name.startswith(prefix)}
         weights: dict[str, Tensor] = {}
         tied = [[prefix + name for name in names if prefix + name in sizes] for names in ties]
         for names in tied:
@@ -115,17 +152,26 @@ def read_weights(
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
-def weight_names(path: str | Path, prefix: str) -> set[str]:
-    """The names of the weights in a checkpoint that was looked into, those with a prefix, which is taken off."""
-    return {name.removeprefix(prefix) for name in _sizes(Path(path)) if name.startswith(prefix)}
+def weight_shapes(path: str | Path, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in a checkpoint that was looked into, by name: those with a prefix, which is taken off.
+
+    Raises:
+        TaperlitError: unreadable.
+    """
+    path = Path(path)
+    try:
+        tensors = _tensors(path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return {name.removeprefix(prefix): shape for name, (shape, _) in tensors.items() if name.startswith(prefix)}
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    """The bytes of each tensor in a checkpoint's state dict."""
+def _tensors(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The shape and the bytes of each tensor in a checkpoint's state dict."""
     if path.is_dir():
-        return sizes_of_sharded(path)
+        return tensors_of_sharded(path)
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    return {name: getattr(tensor, "nbytes", 0) for name, tensor in state.items()}
+    return {name: (tuple(getattr(tensor, "shape", ())), getattr(tensor, "nbytes", 0)) for name, tensor in state.items()}
 
 
 def _parts(sizes: dict[str, int]) -> Iterator[list[str]]:
@@ -179,5 +225,7 @@ def load_whole(path: str | Path, optimizer: bool = True) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> TaperlitError:
+    if isinstance(error, OSError) and error.strerror:
+        return cannot_be_read(path, error, MEND)
     reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
     return TaperlitError(f"{path} is truncated, damaged or not a checkpoint ({reason}); use another one.")

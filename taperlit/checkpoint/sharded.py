@@ -9,7 +9,6 @@ import hashlib
 import io
 import pickle
 import warnings
-import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
+
+from taperlit.checkpoint.archive import check_zip
 
 META = "meta.pt"  # Lightning's name for all that is not sharded
 DIGEST = ".metadata.sha256"  # ours: the one file of torch's without a checksum
@@ -83,18 +84,6 @@ def read_metadata(directory: Path) -> Metadata:
     return metadata
 
 
-def check_zip(file: str | Path | io.BytesIO) -> None:
-    """Compare every part of a ``torch.save`` archive with its checksum: ``torch.load`` does not.
-
-    Raises:
-        ValueError: one differs.
-        zipfile.BadZipFile: it is truncated or no archive.
-    """
-    with zipfile.ZipFile(file) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"{damaged} in it is damaged")
-
-
 def check_sharded(directory: Path) -> None:
     """Read every byte of a sharded checkpoint and see that nothing is missing, damaged or code.
 
@@ -141,15 +130,17 @@ def read_sharded(directory: Path, optimizer: bool) -> dict[str, Any]:
     return checkpoint
 
 
-def sizes_of_sharded(directory: Path) -> dict[str, int]:
-    """The bytes of each tensor in its state dict, 0 for what is none.
+def tensors_of_sharded(directory: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The shape and the bytes of each tensor in its state dict, () and 0 for what is none.
 
     Raises:
         Exception: of many kinds, by where the damage is.
     """
     metadata = read_metadata(directory)
     return {
-        name: kind.size.numel() * kind.properties.dtype.itemsize if isinstance(kind, TensorStorageMetadata) else 0
+        name: (tuple(kind.size), kind.size.numel() * kind.properties.dtype.itemsize)
+        if isinstance(kind, TensorStorageMetadata)
+        else ((), 0)
         for key, kind in metadata.state_dict_metadata.items()
         for part, name, *_ in [metadata.planner_data[key]]
         if part == "state_dict"

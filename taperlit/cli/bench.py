@@ -158,8 +158,10 @@ def bench_train(
 
     presets = _list(preset, ["small_1m"] if quick else ["small_1m", "small_9m"])
     backends = _list(backend, ["eager"] if quick else ["eager", "compile"])
-    batch, block = batch or (2 if quick else 8), block or (64 if quick else 256)
-    steps, rounds = steps or (2 if quick else 4), rounds or (3 if quick else 7)
+    batch = batch if batch is not None else 2 if quick else 8
+    block = block if block is not None else 64 if quick else 256
+    steps = steps if steps is not None else 2 if quick else 4
+    rounds = rounds if rounds is not None else 3 if quick else 7
     _at_least(1, batch=batch, block=block, steps=steps, rounds=rounds)
     configs = {name: _config(name, block, "--block") for name in presets}
     where = pick_device(device)

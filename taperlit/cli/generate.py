@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -109,14 +108,10 @@ def generate(
     engine = Engine(loaded.model, batch_size, length, place, number_type, backend=backend)
     start = time.perf_counter()
     progress = continue_all(engine, jobs, sampling, ends, seed)
-    try:
-        if len(jobs) == 1:
-            print_as_it_comes(jobs[0], progress)
-        else:
-            print_in_order(jobs, progress)
-    except BrokenPipeError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at the end goes there
-        raise TaperlitError("nobody reads the standard output any more.") from error
+    if len(jobs) == 1:
+        print_as_it_comes(jobs[0], progress)
+    else:
+        print_in_order(jobs, progress)
     seconds = time.perf_counter() - start
     if out is not None:
         lines = "".join(f"{json.dumps(job.record(), ensure_ascii=False)}\n" for job in jobs)

@@ -9,6 +9,9 @@ from typing import Annotated, Any, NoReturn
 import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from taperlit.cli.overlays import without_effect
+from taperlit.ranges import require_seed
+
 Texts = Annotated[list[str], "as they stand"]
 """Annotates a parameter whose option may be given several times, with a text each time, which is taken as it stands:
 jsonargparse would read "[x]" as a list and "null" as nothing."""
@@ -21,6 +24,13 @@ class OneLineErrors:
         """Print the message in one line and exit."""
         print(f"taperlit: error: {' '.join(message.split())} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parser's own, but a file of other bytes than text is a wrong option too."""
+        try:
+            return super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        except UnicodeDecodeError as error:
+            self.error(f"--config: a file is no UTF-8 text ({error.reason} at byte {error.start})")
 
 
 class Parser(OneLineErrors, ArgumentParser):
@@ -49,15 +59,28 @@ class _TextType:
         return "str, several times"
 
 
+def _check_text(parser: Parser, key: str, value: str) -> None:
+    if not value:
+        parser.error(f"--{key} is empty; give it a value or leave it out")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        parser.error(f"--{key} {value!a} is not UTF-8; give it as such")
+
+
 def call(function: Callable[..., None], name: str, args: Sequence[str]) -> None:
     """Parse a function's parameters from the arguments of a command and call it.
 
-    Exits with status 2 where an option is wrong.
+    Exits with status 2 where an option is wrong. An empty text, one that is no UTF-8 and a ``seed`` out of its range
+    are; an empty one of several texts is the function's to judge.
 
     Args:
         function: its annotations say how each option is parsed (see :data:`Texts`), its docstring what each is for.
         name: of the command.
         args: the command's arguments; ``--config`` reads options from a YAML file.
+
+    Raises:
+        TaperlitError: as the function, or the seed.
     """
     parser = Parser(prog=f"taperlit {name}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these options")
@@ -76,4 +99,10 @@ def call(function: Callable[..., None], name: str, args: Sequence[str]) -> None:
             action.nargs, action.const = "?", True  # --force alone says yes, as --force=true does
     options = parser.parse_args(list(args))
     options.pop("config", None)
+    for key, value in vars(options).items():
+        if key not in texts and isinstance(value, str):
+            _check_text(parser, key, value)
+    require_seed("--seed", options.get("seed"))
+    for line in without_effect(args, gathered=[str(key) for key in texts]):
+        print(f"taperlit: {line}", file=sys.stderr)
     function(**{key: _as_list(value) if key in texts and value else value for key, value in vars(options).items()})

@@ -145,10 +145,7 @@ def encode(tokenizer: Tokenizer, prompt: str, name: str, block_size: int) -> lis
     Raises:
         TaperlitError: it is not UTF-8, has no token, or more than the context.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise TaperlitError(f"{name} is not UTF-8; give it as such.") from error
+    _require_utf8(prompt, name)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise TaperlitError(f"{name} has no tokens; give it at least one character.")
@@ -157,13 +154,21 @@ def encode(tokenizer: Tokenizer, prompt: str, name: str, block_size: int) -> lis
     return ids
 
 
+def _require_utf8(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaperlitError(f"{name} is not UTF-8; give it as such.") from error
+
+
 def stop_ids(tokenizer: Tokenizer, texts: list[str], ids: int | list[int] | None, vocab_size: int) -> Iterator[int]:
     """The ids of the tokens that end a text, given as texts or as ids.
 
     Raises:
-        TaperlitError: a text is not one token, or an id not one of the model's.
+        TaperlitError: a text is not UTF-8 or not one token, or an id not one of the model's.
     """
     for text in texts:
+        _require_utf8(text, "stop")
         tokens = tokenizer.encode(text, add_special_tokens=False).ids
         if len(tokens) != 1:
             raise TaperlitError(

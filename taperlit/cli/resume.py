@@ -120,10 +120,14 @@ def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options:
     """
     hparams = checkpoint["hyper_parameters"]
     try:
-        theirs = {**source_of(hparams, origin_in(checkpoint)).identity(), "taper": hparams["taper"]}
+        theirs = {
+            **source_of(hparams, origin_in(checkpoint)).identity(),
+            "taper": hparams["taper"],
+            "taper_bias": hparams.get("taper_bias", False),  # which older runs did not have
+        }
     except (TypeError, KeyError) as error:
         raise TaperlitError(f"{path} is of another model; begin anew without --ckpt_path.") from error
-    mine = {**module.source.identity(), "taper": module.hparams.taper}
+    mine = {**module.source.identity(), "taper": module.hparams.taper, "taper_bias": module.hparams.taper_bias}
     names = [*mine, *(name for name in theirs if name not in mine)]
     changed = [
         f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in names if theirs.get(name) != mine.get(name)

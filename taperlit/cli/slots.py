@@ -20,6 +20,7 @@ from taperlit.callbacks import (
     FoldOnEnd,
     GateHold,
     GateSchedule,
+    LearningRateDip,
     LossTails,
     RngState,
     RunCheckpoint,
@@ -31,6 +32,7 @@ from taperlit.callbacks import (
     TokenThroughput,
 )
 from taperlit.callbacks.predictions import PredictionWriter
+from taperlit.callbacks.run_summary import RunSummary
 from taperlit.errors import TaperlitError
 from taperlit.training.policy import POLICIES
 
@@ -65,6 +67,7 @@ SLOTS = {
     "gate": Slot("moves the gate", GateSchedule, {}, _GATED),
     "hold": Slot("lets the gate wait when training leaves its band", GateHold, {}, _GATED, on=False),
     "alignment": Slot("freezes the alignment scalars", AlignmentFreeze, {}, _GATED),
+    "lr_dip": Slot("dips the learning rate where the taper begins", LearningRateDip, {}, _GATED, on=False),
     "first": Slot("gives position 0 a scalar of its own for a while", FirstPosition, {}, _GATED, on=False),
     "massive": Slot("shrinks the units that write massive activations", ShrinkMassive, {}, _GATED, on=False),
     "rows": Slot("keeps the rows of the token embedding at one norm", EqualRows, {}, on=False),
@@ -103,7 +106,7 @@ class Always(NamedTuple):
 
 ALWAYS = (
     Always(ProgressBar, StepProgressBar, "enable_progress_bar"),
-    Always(ModelSummary, ModelSummary, "enable_model_summary"),
+    Always(ModelSummary, RunSummary, "enable_model_summary"),
     Always(PredictionWriter, PredictionWriter, only="predict"),
     Always(TokenThroughput, TokenThroughput),
     Always(ModelCheckpoint, RunCheckpoint, "enable_checkpointing"),

@@ -20,7 +20,7 @@ class Command(NamedTuple):
     parses: bool = False
 
 
-TRAINER = ("taperlit.cli.train", "run_trainer", True)
+TRAINER = ("taperlit.cli.trainer_help", "run_or_explain", True)
 
 COMMANDS = {
     "fit": Command("train a model", *TRAINER),

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,15 +18,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from taperlit.callbacks.predictions import PredictionWriter
 from taperlit.cli.claim import claimed_folder
 from taperlit.cli.options import OneLineErrors
+from taperlit.cli.overlays import without_effect
+from taperlit.cli.quiet import quiet
 from taperlit.cli.resume import KEYWORDS, check, find_last, look_into
+from taperlit.cli.signals import ToldToStop, how
 from taperlit.cli.slots import SLOTS, add_slots, settle
+from taperlit.cli.trainer_options import check_options
 from taperlit.data import TextDataModule
 from taperlit.errors import TaperlitError, Terminated
 from taperlit.training.lightning_compat import CLI, given_name, model_options, slurm_checkpoint
+from taperlit.training.logs import LoggedOnce
 from taperlit.training.module import LanguageModel
 from taperlit.training.trainer import Trainer
 
@@ -72,6 +80,7 @@ class TaperlitCLI(CLI):
     def after_parsing(self) -> None:
         """To evaluate a checkpoint, take the model's options from it, once it is known to be whole and harmless."""
         command = self.config.subcommand
+        check_options(self.config[command])
         path = self.config[command].ckpt_path
         self.evaluated: dict[str, Any] | None = None
         if command != "fit" and path and path not in KEYWORDS:
@@ -121,13 +130,16 @@ class TaperlitCLI(CLI):
             raise TaperlitError(f"--ckpt_path {keyword}: this config's runs have none; name the file.")
         if command == "fit":
             self._held.enter_context(claimed_folder(trainer))
+            if keyword is not None:  # also where --ckpt_path last finds nothing yet, and begins again in the folder
+                trainer.callbacks.insert(0, LoggedOnce(trainer.loggers))
         if options.ckpt_path is not None:
             self._check_checkpoint(options.ckpt_path)
             _write_beside(options.ckpt_path, config)
         elif command == "fit":
             self.config[command].ckpt_path = None  # the run begins: its record is not to go on with itself
         elif keyword is None:
-            raise TaperlitError(f"{command} needs --ckpt_path: a checkpoint, or last.")
+            state = "untrained" if self.model.hparams.pretrained is None else "as it came"
+            raise TaperlitError(f"{command} needs --ckpt_path, a checkpoint or last: without one the model is {state}.")
         else:
             raise TaperlitError(f"--ckpt_path {keyword}: this config's runs have no checkpoint yet; fit first.")
         return trainer
@@ -189,22 +201,49 @@ def run_trainer(command: str, args: Sequence[str]) -> None:
     """
     torch.set_float32_matmul_precision("high")
     sys.argv = [sys.argv[0], command, *args]  # where LightningCLI looks, and what a DDP launch runs again
-    with _lightnings_errors(command):
+    with _lightnings_errors(command), quiet():
+        for line in without_effect(args):
+            rank_zero_info(line)
         build_cli()
+
+
+def _same_command() -> str:
+    """How to go on, or begin where nothing was saved: the command as it was given, with ``--ckpt_path last``."""
+    given, kept = iter(sys.argv[1:]), []
+    for arg in given:
+        if arg == "--ckpt_path":
+            next(given, None)
+        elif not arg.startswith("--ckpt_path="):
+            kept.append(arg)
+    return f"go on with: taperlit {shlex.join([*kept, '--ckpt_path', 'last'])}"
 
 
 @contextlib.contextmanager
 def _lightnings_errors(command: str) -> Iterator[None]:
     try:
         yield
-    except SIGTERMException as error:
+    except (SIGTERMException, ToldToStop) as error:
+        signum = getattr(error, "signum", signal.SIGTERM)  # of Lightning's own, where RunCheckpoint is turned off
         if command != "fit":
-            raise Terminated("stopped by SIGTERM.") from error
+            raise Terminated(f"{how(signum)}.", signum) from error
+        if isinstance(error, ToldToStop):
+            raise Terminated(f"{how(signum)}; {_same_command()}", signum) from error
         if getattr(error, "checkpoint", None) is None:  # it has one from RunCheckpoint alone
-            raise Terminated("stopped by SIGTERM before a last.ckpt was saved; start it again.") from error
-        raise Terminated("stopped by SIGTERM; go on with --ckpt_path last.") from error
+            raise Terminated(f"{how(signum)} before a last.ckpt was saved; start it again.", signum) from error
+        if signum == signal.SIGINT:
+            raise Terminated(f"interrupted, and last.ckpt is saved; {_same_command()}", signum) from error
+        raise Terminated(f"{how(signum)}; go on with --ckpt_path last.", signum) from error
     except MisconfigurationException as error:
         raise TaperlitError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        # Where an option may be of several types, jsonargparse tells what was wrong with each: a constructor's own
+        # word is the first, and the cause.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, TaperlitError | MisconfigurationException):
+            cause = cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise TaperlitError(" ".join(str(cause).split())) from error
     except RuntimeError as error:
         if "data_parallel_size" not in str(error):  # ModelParallelStrategy's, of sizes that are not the processes'
             raise

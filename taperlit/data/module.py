@@ -24,6 +24,7 @@ from taperlit.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from taperlit.data.tokens import SPLITS, TokenBlocks, check_tokens, read_meta, split_of, write_tokens
 from taperlit.distributed import data_rank
 from taperlit.errors import TaperlitError
+from taperlit.ranges import require_range, require_seed
 
 CACHE_FORMAT = 2
 CHECKED_ALWAYS = 1 << 28  # bytes of tokens, a fraction of a second; where a run goes on, any number is checked
@@ -60,8 +61,24 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
     except (OSError, ValueError) as error:
         raise TaperlitError(f"The token cache {path} is damaged ({error}); delete it.") from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: PermissionError) -> TaperlitError:
+    return TaperlitError(
+        f"The token cache {error.filename or path} cannot be read: {error.strerror}; give yourself the right to, or "
+        "name another data.cache_dir."
+    )
 
 
 class TextDataModule(L.LightningDataModule):
@@ -118,17 +135,15 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("block_size", block_size),
-            ("batch_size", batch_size),
-            ("tokenizer_bytes", tokenizer_bytes),
-        ):
-            if value < 1:
-                raise TaperlitError(f"data.{name} must be at least 1, not {value}.")
-        if not 0 < val_fraction < 1:
-            raise TaperlitError(f"data.val_fraction must be between 0 and 1, not {val_fraction}.")
-        if seed < 0:
-            raise TaperlitError(f"data.seed must not be negative, not {seed}.")
+        require_range("data.vocab_size", vocab_size, least=1)
+        require_range("data.tokenizer_bytes", tokenizer_bytes, least=1)
+        require_range("data.block_size", block_size, least=1)
+        require_range("data.batch_size", batch_size, least=1)
+        require_range("data.val_fraction", val_fraction, above=0, below=1)
+        require_range("data.max_documents", max_documents, least=1)
+        require_range("data.max_tokens", max_tokens, least=1)
+        require_seed("data.seed", seed)
+        require_range("data.num_workers", num_workers, least=0)
         self.save_hyperparameters(logger=False)
         self.block_size = block_size
         self.tokenizer_json: str | None = None
@@ -139,6 +154,15 @@ class TextDataModule(L.LightningDataModule):
     def vocab_size(self) -> int:
         """Tokens in the tokenizer, once ``setup`` has run."""
         return self.tokenizer.get_vocab_size()
+
+    @property
+    def in_words(self) -> str:
+        """How much there is, in a line, once ``setup`` has run."""
+        tokens = self._meta["tokens"]
+        return (
+            f"{self._source_name()}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; "
+            f"blocks of {self.block_size}, {self.vocab_size:,} different tokens"
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -197,9 +221,9 @@ class TextDataModule(L.LightningDataModule):
             TaperlitError: no documents, files that cannot be read or written, or a damaged cache.
         """
         path = self.cache_path()
-        if not path.exists():
+        if not _is_there(path):
             with _one_at_a_time(path):
-                if not path.exists():
+                if not _is_there(path):
                     write_directory(path, self._fill)
         resumes = self.trainer is not None and self.trainer.ckpt_path is not None
         with _damage_told(path):

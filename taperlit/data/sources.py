@@ -10,7 +10,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,28 @@ class Piece:
 
 
 def expand_globs(patterns: str | list[str]) -> list[str]:
-    """The files that match, sorted; each pattern must match some.
+    """The files that match, sorted; each pattern must match some. A ``[`` in a path that exists is its own.
 
     Raises:
         TaperlitError: a pattern that matches no file.
     """
     files: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [path for path in glob(str(Path(pattern).expanduser()), recursive=True) if Path(path).is_file()]
+        found = [path for path in glob(_literal_brackets(pattern), recursive=True) if Path(path).is_file()]
         if not found:
             raise TaperlitError(f"data.files: no file matches {pattern}.")
         files.update(found)
     return sorted(files)
+
+
+def _literal_brackets(pattern: str) -> str:
+    """The pattern with ``[`` as itself in every file or folder that has one in its name."""
+    first, *parts = Path(pattern).expanduser().parts or (".",)
+    before, escaped = Path(first), escape(first) if "[" in first and Path(first).exists() else first
+    for part in parts:
+        before /= part
+        escaped = str(Path(escaped) / (escape(part) if "[" in part and before.exists() else part))
+    return escaped
 
 
 def python_files(packages: bool = False) -> list[str]:

@@ -1,7 +1,7 @@
 """Byte-level BPE: trained on the corpus, or loaded."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -65,15 +65,46 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.suffix == ".json" and not path.exists():
         raise TaperlitError(f"data.tokenizer: there is no file {path}.")
     try:
-        tokenizer = Tokenizer.from_str(_text_of(path)) if path.exists() else Tokenizer.from_pretrained(name)
-    except TaperlitError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions
-        reason = " ".join(str(error).split())[:200]
-        raise TaperlitError(f"The tokenizer {name!r} cannot be loaded: {reason}") from error
+        is_there = path.exists()
+        text = _text_of(path) if is_there else ""
+    except OSError as error:
+        raise TaperlitError(f"data.tokenizer: {error.filename or path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise TaperlitError(f"The tokenizer {name!r} cannot be loaded: it is no text in UTF-8; use another.") from error
+    tokenizer = parse_tokenizer(text, repr(name)) if is_there else _loaded(repr(name), Tokenizer.from_pretrained, name)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def parse_tokenizer(text: str, source: str) -> Tokenizer:
+    """A tokenizer of the text of a ``tokenizer.json``.
+
+    Args:
+        text: of the file.
+        source: what it came from, for the error's message.
+
+    Raises:
+        TaperlitError: it is no tokenizer.
+    """
+    return _loaded(source, Tokenizer.from_str, text)
+
+
+def _loaded(source: str, load: Callable[[str], Tokenizer], what: str) -> Tokenizer:
+    try:
+        tokenizer = load(what)
+        largest_id(tokenizer)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exceptions, and where its Rust panics something beside them
+        reason = " ".join(str(error).split())[:200]
+        raise TaperlitError(f"The tokenizer {source} cannot be loaded: {reason}; use another.") from error
+
+
+def largest_id(tokenizer: Tokenizer) -> int:
+    """The largest id that it gives a token: its size less 1, unless there are gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def _text_of(path: Path) -> str:

@@ -5,6 +5,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -14,11 +15,37 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from taperlit.checkpoint.checksum import CHECKSUMS, checksum, checksum_of
+from taperlit.checkpoint.plain import parse_json
 from taperlit.data.sources import Piece
-from taperlit.data.tokenizer import end_of_text_id
+from taperlit.data.tokenizer import end_of_text_id, largest_id
+from taperlit.fields import mismatch
 
 BATCH_CHARACTERS = 1 << 22
 SPLITS = ("train", "val")
+FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+
+
+class _Counts(TypedDict):
+    train: int
+    val: int
+
+
+class Meta(TypedDict):
+    """What a cache's ``meta.json`` holds.
+
+    Keys:
+        dtype: numpy's name for the tokens.
+        tokens: in each split.
+        documents: in each split.
+        corpus: a hash of all tokens.
+        checksums: the CRC-32 of each file, and of this one's other keys.
+    """
+
+    dtype: Literal["<u2", "<u4"]
+    tokens: _Counts
+    documents: _Counts
+    corpus: str
+    checksums: dict[str, int]
 
 
 def split_of(document: bytes, val_fraction: float) -> str:
@@ -56,7 +83,7 @@ def write_tokens(
     Returns:
         What ``meta.json`` holds: counts, dtype, a hash of all tokens, and the checksums of all files.
     """
-    dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 1 << 16 else "<u4")
+    dtype = np.dtype("<u2" if max(tokenizer.get_vocab_size(), largest_id(tokenizer) + 1) <= 1 << 16 else "<u4")
     end = end_of_text_id(tokenizer)
     hasher = hashlib.blake2b(digest_size=16)
     tokens, documents = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
@@ -97,11 +124,19 @@ def read_meta(directory: Path) -> dict:
         ValueError: something is not as it was written, named.
     """
     try:
-        meta = json.loads((directory / "meta.json").read_text())
-        if meta[CHECKSUMS]["meta.json"] != checksum_of(meta):
-            raise ValueError("meta.json is not as it was written")
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        meta = parse_json((directory / "meta.json").read_bytes().decode("utf-8"))
+    except ValueError as error:
         raise ValueError("meta.json is not as it was written") from error
+    if (wrong := mismatch(meta, Meta, "it")) is None:
+        numbers = [*meta["tokens"].values(), *meta["documents"].values()]
+        if min(numbers) < 0:
+            wrong = f"it counts {min(numbers)}"
+        elif {*meta[CHECKSUMS]} != {*FILES}:
+            wrong = "it has the checksums of other files"
+        elif meta[CHECKSUMS]["meta.json"] != checksum_of(meta):
+            wrong = "its checksum differs"
+    if wrong is not None:
+        raise ValueError(f"meta.json is not as it was written: {wrong}")
     for split in SPLITS:
         if (directory / f"{split}.bin").stat().st_size != meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize:
             raise ValueError(f"{split}.bin is truncated")
@@ -113,17 +148,16 @@ def check_tokens(directory: Path, at_most: int | None = None) -> None:
 
     Args:
         directory: that :func:`write_tokens` filled.
-        at_most: leave it at the files' sizes where the tokens take more bytes than this.
+        at_most: leave it at its size for a file of more bytes than this.
 
     Raises:
         OSError: a file is missing.
         ValueError: something is not as it was written, named.
     """
     meta = read_meta(directory)
-    names = [name for name in meta[CHECKSUMS] if name != "meta.json"]
-    if at_most is not None and sum((directory / name).stat().st_size for name in names) > at_most:
-        return
-    for name in names:
+    for name in FILES:
+        if name == "meta.json" or (at_most is not None and (directory / name).stat().st_size > at_most):
+            continue
         if checksum(directory / name) != meta[CHECKSUMS][name]:
             raise ValueError(f"{name} is not as it was written")
 

@@ -468,13 +468,15 @@ def _values(
 
 
 def _adopt_gate(source: nn.Module, target: nn.Module, tapered: dict[str, TaperNorm]) -> dict[str, Tensor]:
-    """What of a taper is in no norm's own state: the fit, the first position's scalars, and the values of the gate."""
+    """Make room for what a source's norms have, and give the values of the gate, which are in no norm's own state."""
     gate = shared_gate(source)
     assert gate is not None
     values = {}
     for name, norm in tapered_norms(target).items():
         old = tapered[name]
         norm.alignment_fit = old.alignment_fit
+        if old.taper_bias is not None:
+            norm.add_bias()
         if old.first_alignment is not None:
             norm.separate_first()
         if norm.owns_gate:

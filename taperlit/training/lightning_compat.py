@@ -4,6 +4,7 @@ Checked against Lightning 2.6.6: where Lightning changes, this file does, and no
 part and says why no public one will do.
 """
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress.tqdm_progress import _update_n
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
@@ -19,6 +21,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from tqdm import tqdm
 
 # ---- what callbacks and modules ask
@@ -40,6 +46,15 @@ def should_log(trainer: L.Trainer) -> bool:
     return trainer._logger_connector.should_update_logs
 
 
+def logged_step(trainer: L.Trainer) -> int:
+    """The number under which loggers get what is logged in the training step under way.
+
+    ``TrainingEpochLoop._batches_that_stepped``: the public ``global_step`` counts every optimizer of manual
+    optimization.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def compute_dtype(plugin: Precision) -> torch.dtype:
     """The dtype that matrices are multiplied in, which a device's peak FLOPs depend on.
 
@@ -56,6 +71,96 @@ def update_bar(bar: tqdm, n: int) -> None:
     _update_n(bar, n)
 
 
+# ---- logs and signals
+
+
+class LoggerConnector(_LoggerConnector):
+    """Lightning's, but a step's numbers can be sent before its end, and none is sent twice.
+
+    ``update_train_step_metrics`` sends them after ``on_train_batch_end``, in which checkpoints are saved: a run that
+    ends there would never log the step, as the one that goes on begins with the next. ``log_metrics`` adds the epoch's
+    number to every call, so that a step with a validation has it twice.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        super().__init__(trainer)
+        self._sent: tuple[int, dict[str, Any]] = (-1, {})  # the step, and what was sent for it
+
+    @classmethod
+    def replace(cls, trainer: L.Trainer) -> None:
+        """Put it into a trainer in place of Lightning's; ``Trainer`` makes its connectors itself."""
+        trainer._logger_connector = cls(trainer)
+
+    def reset_metrics(self) -> None:
+        """Begin a fit or another run."""
+        super().reset_metrics()
+        self._sent = (-1, {})
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Send what is not sent yet; numbers with steps of their own are sent as they come."""
+        if step is not None or "step" in metrics or not metrics:
+            super().log_metrics(metrics, step)
+            return
+        now = logged_step(self.trainer)
+        sent = self._sent[1] if self._sent[0] == now else {}
+        given = convert_tensors_to_scalars({"epoch": self.trainer.current_epoch, **metrics})
+        self._logged_metrics.update(metrics)
+        super().log_metrics({k: v for k, v in given.items() if k not in sent or not _same(sent[k], v)}, now)
+        self._sent = (now, sent | given)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or (a != a and b != b)  # NaN too
+
+
+def log_step_now(trainer: L.Trainer) -> None:
+    """Let the loggers write the training step under way; ask in ``on_train_batch_end``.
+
+    With Lightning's own connector, which would send it again, only what callbacks have sent is written.
+    """
+    if isinstance(trainer._logger_connector, LoggerConnector):
+        trainer._logger_connector.update_train_step_metrics()
+    for logger in trainer.loggers:
+        logger.save()
+
+
+def create_csv_writer(logger: CSVLogger, header: Sequence[str]) -> None:
+    """Let the logger make its writer now, and write to the table that will be there, which has these columns.
+
+    ``metrics_keys``: the writer deletes the table of an earlier process, and knows its columns from what it writes.
+    """
+    logger.experiment.metrics_keys = list(header)  # type: ignore[attr-defined]
+
+
+class SignalConnector(_SignalConnector):
+    """Lightning's, but where SIGTERM has a handler, that stays.
+
+    ``register_signal_handlers`` puts one around it that starts a collective operation, in which processes that were not
+    told, or are somewhere else, hang.
+    """
+
+    @classmethod
+    def replace(cls, trainer: L.Trainer) -> None:
+        """Put it into a trainer in place of Lightning's; ``Trainer`` makes its connectors itself."""
+        trainer._signal_connector = cls(trainer)
+
+    def register_signal_handlers(self) -> None:
+        """Listen, from here to the run's end."""
+        before = signal.getsignal(signal.SIGTERM)
+        super().register_signal_handlers()
+        if callable(before):
+            self._register_signal(signal.SIGTERM, before)
+
+
+def stop_launched(trainer: L.Trainer, signum: int) -> None:
+    """Send a signal to the processes that this one has launched; those of torchrun and SLURM are not its own.
+
+    ``strategy.launcher``: Lightning lets them be until they notice that the first has gone, which may take minutes.
+    """
+    if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        trainer.strategy.launcher.kill(signum)
+
+
 # ---- checkpoints
 
 
@@ -65,6 +170,14 @@ def dump_checkpoint(trainer: L.Trainer, weights_only: bool | None) -> dict[str, 
     ``_CheckpointConnector.dump_checkpoint``: the public method writes it as well, to a place that we choose ourselves.
     """
     return trainer._checkpoint_connector.dump_checkpoint(weights_only)
+
+
+def writes_one_file(strategy: Strategy) -> bool:
+    """Whether a checkpoint is what the first process writes through its ``checkpoint_io``, and nothing else.
+
+    ``Strategy.save_checkpoint``: it is public, but nothing public says which strategies have one of their own.
+    """
+    return type(strategy).save_checkpoint is Strategy.save_checkpoint
 
 
 def validates_next(trainer: L.Trainer) -> bool:
@@ -149,6 +262,13 @@ class CheckpointCallback(ModelCheckpoint):
         ``_save_last_checkpoint`` and ``_monitor_candidates``: Lightning saves it at moments of its own only.
         """
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def before_saving(self, trainer: L.Trainer) -> None:
+        """Called on every process when a checkpoint is about to be saved."""
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        self.before_saving(trainer)
+        super()._save_checkpoint(trainer, filepath)
 
     def before_last_is_sought(self, directory: Path) -> None:
         """Called when Lightning is about to look for ``ckpt_path="last"`` in the directory."""

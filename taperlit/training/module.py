@@ -22,6 +22,7 @@ from taperlit.errors import TaperlitError
 from taperlit.hub.causal_lm import CausalLM
 from taperlit.hub.lora import Lora
 from taperlit.norm import plain_name
+from taperlit.ranges import require_range
 from taperlit.schedule import resolve_steps
 from taperlit.training import optimizer as adamw
 from taperlit.training.lightning_compat import should_log
@@ -63,6 +64,8 @@ class LanguageModel(L.LightningModule):
             file. Its dropout is off.
         lora: train adapters (and the norms) in place of a pretrained model's weights.
         remote_code: run the code that a pretrained model brings along.
+        taper_bias: give the linear branch of tapered norms a trained bias where the norm has none, as RMSNorms; folded,
+            the maps that they feed have biases.
 
     A resumed run takes ``lr``, ``betas``, ``weight_decay``, ``warmup`` and ``min_lr_ratio`` as they are given then.
 
@@ -87,10 +90,15 @@ class LanguageModel(L.LightningModule):
         pretrained: str | None = None,
         lora: Lora | None = None,
         remote_code: bool = False,
+        taper_bias: bool = False,
     ) -> None:
         super().__init__()
-        if chunk_tokens < 1:
-            raise TaperlitError(f"model.chunk_tokens must be at least 1, not {chunk_tokens}.")
+        require_range("model.chunk_tokens", chunk_tokens, least=1)
+        require_range("model.lr", lr, above=0)
+        for i, beta in enumerate(betas):
+            require_range(f"model.betas[{i}]", beta, least=0, below=1)
+        require_range("model.weight_decay", weight_decay, least=0)
+        require_range("model.min_lr_ratio", min_lr_ratio, least=0, most=1)
         self.save_hyperparameters()
         self.hparams.lora = None if lora is None else asdict(lora)  # a checkpoint holds plain data alone
         check_policy(taper)
@@ -112,7 +120,7 @@ class LanguageModel(L.LightningModule):
         if self.model is not None:
             return
         self.model = self.source.load().train()
-        left = apply_policy(self.model, self.hparams.taper)
+        left = apply_policy(self.model, self.hparams.taper, self.hparams.taper_bias)
         for name, readers in left.items():
             rank_zero_info(f"{name} stays a norm in every block: {', '.join(readers)} read what it gives.")
         self.model.activation_checkpointing = self.hparams.activation_checkpointing
@@ -272,7 +280,17 @@ class LanguageModel(L.LightningModule):
         return adamw.Settings(h.lr, tuple(h.betas), h.weight_decay, warmup, total, h.min_lr_ratio)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note that the optimizer will be a checkpoint's."""
+        """Note that the optimizer will be a checkpoint's, and refuse one of a model with other parameters.
+
+        Raises:
+            TaperlitError: the run that wrote it had another ``taper_bias``.
+        """
+        began = checkpoint.get("hyper_parameters", {}).get("taper_bias", False)
+        if began != self.hparams.taper_bias:
+            raise TaperlitError(
+                f"model.taper_bias is {self.hparams.taper_bias} and the checkpoint's run began with {began}, which "
+                f"cannot change under way; set model.taper_bias to {began}, or begin anew."
+            )
         self._restored = True
 
     def on_train_start(self) -> None:

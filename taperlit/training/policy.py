@@ -16,7 +16,7 @@ Policy = Literal["none", "attention", "internal", "all", "fakeln", "dyt", "derf"
 POLICIES: tuple[str, ...] = get_args(Policy)
 
 
-def apply_policy(model: Transformer | CausalLM, policy: Policy) -> dict[str, list[str]]:
+def apply_policy(model: Transformer | CausalLM, policy: Policy, bias: bool = False) -> dict[str, list[str]]:
     """Taper a model's norms in place, as ``taperlit.taper`` does for any model, or replace them by a peer's layers.
 
     Args:
@@ -26,6 +26,8 @@ def apply_policy(model: Transformer | CausalLM, policy: Policy) -> dict[str, lis
             takes only those before attention, for models whose MLPs do not bear it. In a pretrained model only norms
             that can be folded are taken, so no QK-norm and no post-norm. ``fakeln``, ``dyt`` and ``derf`` are the
             peers, see :mod:`taperlit.baselines`.
+        bias: give the linear branch a bias where the norm has none, see :func:`taperlit.taper`; policies that have no
+            such branch have none.
 
     Returns:
         The norms in the blocks that are left as they are, by their name in a block, with what reads them.
@@ -40,7 +42,7 @@ def apply_policy(model: Transformer | CausalLM, policy: Policy) -> dict[str, lis
         BASELINES[policy](model)
         return {}
     if isinstance(model, Transformer):
-        taper(model, {"attention": ["blocks.*.attn_norm"], "internal": ["blocks.*"], "all": ["*"]}[policy])
+        taper(model, {"attention": ["blocks.*.attn_norm"], "internal": ["blocks.*"], "all": ["*"]}[policy], bias=bias)
         return {}
     names, left = foldable_norms(model)
     if policy == "attention":
@@ -50,7 +52,7 @@ def apply_policy(model: Transformer | CausalLM, policy: Policy) -> dict[str, lis
     if not names:
         reasons = "; ".join(f"{name} is read by {', '.join(others)}" for name, others in left.items())
         raise TaperlitError(f"No norm in the blocks of {type(model.lm).__name__} can be folded ({reasons}).")
-    taper(model, names)
+    taper(model, names, bias=bias)
     return left
 
 

@@ -1,6 +1,7 @@
 """Lightning's Trainer with checkpoints that cannot be lost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,18 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch.distributed.checkpoint import CheckpointException
 
 from taperlit.checkpoint.atomic import aside, commit, remove
+from taperlit.checkpoint.background import BackgroundWriter, can_copy, host_copy
 from taperlit.checkpoint.reader import load_whole
 from taperlit.checkpoint.sharded import DIGEST, META, digest
 from taperlit.distributed import gather
 from taperlit.errors import TaperlitError
-from taperlit.training.lightning_compat import FitLoop, dump_checkpoint
+from taperlit.training.lightning_compat import (
+    FitLoop,
+    LoggerConnector,
+    SignalConnector,
+    dump_checkpoint,
+    writes_one_file,
+)
 
 
 class RunCheckpointIO(TorchCheckpointIO):
@@ -51,15 +59,23 @@ class Trainer(L.Trainer):
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = RunCheckpointIO()
         FitLoop.replace(self)
+        LoggerConnector.replace(self)
+        SignalConnector.replace(self)
+        self._writer = BackgroundWriter()
+        self._in_background = False
+        self._behind: Path | None = None  # what the first process writes in the background
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
         """Save as :meth:`lightning.Trainer.save_checkpoint`, but aside and synced first; every process must ask.
 
+        One that is written in the background is waited for.
+
         Raises:
-            TaperlitError: it cannot be written; the one that was there stays.
+            TaperlitError: it cannot be written, or the one before could not; what was there stays.
         """
+        self.finish_saving()
         if not isinstance(self.strategy.checkpoint_io, RunCheckpointIO) or "://" in str(filepath):
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
@@ -69,8 +85,60 @@ class Trainer(L.Trainer):
             remove(partial)  # a killed run's
         self.strategy.barrier("Trainer.save_checkpoint")
         checkpoint = dump_checkpoint(self, weights_only)
+        if self._in_background and writes_one_file(self.strategy) and can_copy(checkpoint):
+            self._behind = target
+            if self.is_global_zero:
+                copied = host_copy(checkpoint)
+                self._writer.start(lambda: self._write_file(copied, partial, target))
+            return
         self._all_or_none(target, partial, lambda: self.strategy.save_checkpoint(checkpoint, partial))
         self._all_or_none(target, partial, lambda: self._commit(partial, target))
+
+    @contextmanager
+    def saving_in_background(self) -> Iterator[None]:
+        """Here checkpoints are copied to host memory and written while training goes on, wherever that is safe.
+
+        That is on one process and with DDP, where the first writes one file. A sharded checkpoint, which all write
+        together, is written before training goes on.
+        """
+        self._in_background = True
+        try:
+            yield
+        finally:
+            self._in_background = False
+
+    @property
+    def saving_failed(self) -> bool:
+        """Whether this process could not write a checkpoint in the background; :meth:`finish_saving` says why."""
+        return self._writer.failed
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written in the background, if there is one; every process must ask.
+
+        Raises:
+            TaperlitError: it could not be written, as from :meth:`save_checkpoint`.
+        """
+        target, self._behind = self._behind, None
+        error = self._writer.wait()  # also for one that was abandoned
+        if target is not None:
+            self._raise_anywhere(target, None if error is None else _reason(error))
+
+    def abandon_saving(self, patience: float | None = None) -> None:
+        """Wait for it on this process alone, where others may have gone, and raise nothing.
+
+        Args:
+            patience: the most seconds to wait; None is for ever.
+        """
+        self._behind = None
+        self._writer.wait(patience)
+
+    def _write_file(self, checkpoint: dict[str, Any], partial: Path, target: Path) -> None:
+        try:
+            self.strategy.checkpoint_io.save_checkpoint(checkpoint, partial)
+            commit(partial, target)
+        except Exception:
+            remove(partial)
+            raise
 
     def _commit(self, partial: Path, target: Path) -> None:
         if not self.is_global_zero:
@@ -86,9 +154,16 @@ class Trainer(L.Trainer):
             write()
         except (OSError, RuntimeError, CheckpointException) as error:
             problem = _reason(error)
+        except BaseException:  # told to stop
+            if self.is_global_zero:
+                remove(partial)
+            raise
+        self._raise_anywhere(target, problem, partial)
+
+    def _raise_anywhere(self, target: Path, problem: str | None, partial: Path | None = None) -> None:
         problems = [problem for problem in gather(problem) if problem is not None]
         if problems:
-            if self.is_global_zero:
+            if self.is_global_zero and partial is not None:
                 remove(partial)
             raise TaperlitError(
                 f"{target} cannot be written: {problems[0]}. What was saved before is intact; make room and go on "

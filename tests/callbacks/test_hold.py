@@ -305,10 +305,10 @@ def test_with_manual_optimization_a_batch_is_held_as_a_whole(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"band": 0}, "0 < band <= far, not 0 and 100"),
-        ({"band": 200}, "0 < band <= far, not 200 and 100"),
-        ({"window": 3}, "window >= 4"),
-        ({"patience": 0}, "patience >= 1"),
+        ({"band": 0}, "band is 0; it must be above 0"),
+        ({"band": 200}, "far is 100.0; it must be at least 200"),
+        ({"window": 3}, "window is 3; it must be at least 4"),
+        ({"patience": 0}, "patience is 0; it must be at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(options, words):

@@ -43,7 +43,7 @@ def test_the_scalars_are_those_of_the_formula(tmp_path, rate, centred, accumulat
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, 1.5])
 def test_rates_out_of_range_are_refused(rate):
-    with pytest.raises(TaperlitError, match=r"ema_rate is .*in \(0, 1\]"):
+    with pytest.raises(TaperlitError, match=r"ema_rate is .*above 0 and at most 1"):
         AlignmentFreeze(ema_rate=rate)
 
 

@@ -407,7 +407,7 @@ def test_what_cannot_be_is_one_line(tmp_path, model, options, words):
     "options", [{"weight": -1}, {"multiple": 0.5}, {"ema_rate": 0}, {"random_every": 0}, {"random_sequences": 0}]
 )
 def test_values_out_of_range(options):
-    with pytest.raises(TaperlitError, match="TailPenalty needs"):
+    with pytest.raises(TaperlitError, match=rf"TailPenalty\.{next(iter(options))} is .*must be "):
         TailPenalty(**options)
 
 

@@ -172,7 +172,7 @@ def test_the_first_positions_scalar_follows_too(tmp_path):
 
 @pytest.mark.parametrize("track", [1.0, -0.1, 1.5])
 def test_a_track_out_of_range_is_refused(track):
-    with pytest.raises(TaperlitError, match=r"track is .*in \[0, 1\)"):
+    with pytest.raises(TaperlitError, match=r"track is .*at least 0 and below 1"):
         AlignmentFreeze(track=track)
 
 

@@ -31,7 +31,7 @@ ANCHORED = {"internal_aux", "all_aux", "baseline", *PEERS}  # overlays that leav
 
 ALWAYS = {"monitor", "guard", "tails"}
 TAPERING = {"gate", "alignment", "fold"}
-EVERY = {"StepProgressBar", "ModelSummary", "TokenThroughput", "RunCheckpoint", "RngState"}
+EVERY = {"StepProgressBar", "RunSummary", "TokenThroughput", "RunCheckpoint", "RngState"}
 
 
 def parse(*args, command="fit"):

@@ -97,9 +97,9 @@ def test_a_tokenizer_from_a_file(corpus, tmp_path):
         ({"block_size": 10**6}, "validation split has .* less than one block"),
         ({"batch_size": 10**6}, "training split has .* less than one batch"),
         ({"files": "/nowhere/*"}, "no file matches /nowhere"),
-        ({"val_fraction": 0.0}, "val_fraction must be between 0 and 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"val_fraction": 0.0}, "data.val_fraction is 0.0; it must be above 0 and below 1"),
+        ({"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
+        ({"seed": -1}, "data.seed is -1; it must be at least 0"),
     ],
 )
 def test_bad_options_are_told(corpus, options, message):

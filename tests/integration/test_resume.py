@@ -163,7 +163,7 @@ def test_the_saved_config_lists_what_ran_and_runs_again(tmp_path, text, monkeypa
         return original(self, *args, **options)
 
     monkeypatch.setattr(Trainer, "fit", watched)
-    run = fit(tmp_path, text, "--taper.fold=null", "--taper.ema_rate=0.02", *LAST)
+    run = fit(tmp_path, text, "--taper.fold=null", "--taper.ema_rate=0.02")
     saved = yaml.safe_load((run / "config.yaml").read_text())
     named = [callback["class_path"] for callback in saved["trainer"]["callbacks"]]
     named += [saved["taper"][slot]["class_path"] for slot in saved["taper"] if isinstance(saved["taper"][slot], dict)]

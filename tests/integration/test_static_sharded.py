@@ -9,6 +9,8 @@ from taperlit.checkpoint.reader import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
+SHORT = ["--trainer.max_steps=15", "--taper.gate.warmup=4", "--taper.gate.end=10"]
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -20,7 +22,7 @@ def home(tmp_path_factory):
 def start(home, name, ranks, *extra):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAPERLIT_CACHE", str(home / "cache"))
-        extra = [f"--trainer.devices={ranks}", "--model.overrides.tied=true", *extra]
+        extra = [f"--trainer.devices={ranks}", "--model.overrides.tied=true", *SHORT, *extra]
         return Run(fit_args(home, home / "corpus", *extra, name=name), home, ranks)
 
 

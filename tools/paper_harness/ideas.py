@@ -41,6 +41,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "kind": _option("gate", stages="kind"),
     "token_fit": _option("alignment", fit="token"),
     "track": _option("alignment", track=0.0),
+    "lr_dip": _slot("lr_dip", "LearningRateDip"),
     "moments": _option("alignment", moments=True),
     "skip": _option("guard", skip=True),
     "hold": merged(_slot("hold", "GateHold"), _option("guard", skip=True)),
@@ -48,6 +49,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "tail_random": _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4),
     "rows": _slot("rows", "EqualRows"),
     "writes": _slot("writes", "BoundedWrites"),
+    "bias": {"model": {"taper_bias": True}},
     "glu": _mlp("glu"),
     "gelu": _mlp("gelu"),
     "relu": _mlp("relu"),
@@ -56,7 +58,13 @@ IDEAS: dict[str, dict[str, Any]] = {
 
 def changes_the_model(idea: str) -> bool:
     """Whether a baseline is another one with the idea than without it."""
-    return set(IDEAS[idea]) != {"taper"}
+    return bool(_of_any_model(IDEAS[idea]))
+
+
+def _of_any_model(changes: dict[str, Any]) -> dict[str, Any]:
+    """What an idea changes of a run without a taper too: the model's shape."""
+    overrides = changes.get("model", {}).get("overrides")
+    return {"model": {"overrides": overrides}} if overrides else {}
 
 
 def with_idea(config: dict[str, Any], idea: str, tapered: bool) -> dict[str, Any]:
@@ -67,7 +75,7 @@ def with_idea(config: dict[str, Any], idea: str, tapered: bool) -> dict[str, Any
         idea: name in ``IDEAS``.
         tapered: the run has a taper; without one what the idea changes of it is left out.
     """
-    changes = {section: own for section, own in IDEAS[idea].items() if tapered or section != "taper"}
+    changes = IDEAS[idea] if tapered else _of_any_model(IDEAS[idea])
     made = merged(config, changes)
     shape = made["model"]["overrides"]
     if changes.get("model", {}).get("overrides", {}).get("mlp") in PLAIN:
