@@ -424,8 +424,8 @@ class TaperNorm(Float32State):
         stage: (2,) float32 ``high`` and ``low`` of the norm's own gate (:meth:`set_stage`); None is the global gate.
         tracks: go on gathering the alignment statistics while ``0 < g < 1``; not saved.
         frozen: 0-d float32: 1 once :meth:`freeze` has run, else 0. (Averages of weights take no booleans.)
-        peak: None, or 0-d float32: where somebody has put a tensor here, the largest that one token's scale was in
-            training, relative to the mean of its micro-batch, since the tensor was last zeroed. Plain, as ``pending``.
+        peak: None, or (3,) float32: where somebody has put a tensor here, the largest that one token's scale was in
+            training since the tensor was last zeroed, the scales' sum, and their number. Plain, as ``pending``.
         pending: (3,) float32 sums over the micro-batches since the last update. A plain tensor, not a buffer: DDP
             copies rank 0's buffers over the other ranks' before every forward, which would lose their statistics.
     """
@@ -779,15 +779,15 @@ class TaperNorm(Float32State):
 
     @torch.no_grad()
     def _record_peak(self, x: Tensor) -> None:
-        """Raise ``peak`` to the largest of the tokens' scales over their mean; NaN where one is not finite."""
+        """Add the tokens' scales to ``peak``: NaN where one is not finite."""
         if x.numel() == 0:
             return
         h = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         scale = h.var(self._dims, correction=0).sqrt() if self.centred else torch.linalg.vector_norm(h, dim=self._dims)
         peak = cast(Tensor, self.peak)
-        mean = scale.mean().clamp(min=torch.finfo(torch.float32).tiny)  # all tokens may be zero
-        # A maximum, so that a checkpointed block that runs forward again changes nothing.
-        peak.copy_(torch.maximum(peak, (scale.amax() / mean).to(peak.dtype)))
+        scale = scale.to(peak.dtype)
+        # A checkpointed block that runs forward again changes neither the maximum nor the mean.
+        peak.copy_(torch.stack((torch.maximum(peak[0], scale.amax()), peak[1] + scale.sum(), peak[2] + scale.numel())))
 
     @staticmethod
     def _add(pending: Tensor, ratio: Tensor, w: Tensor) -> None:

@@ -108,9 +108,11 @@ def check_paths(json_path: str | None, png_path: str | None) -> None:
     """Refuse files that could not be written, before anything is measured.
 
     Raises:
-        TaperlitError: a folder is missing, or matplotlib is and a picture is asked for.
+        TaperlitError: one is a folder, or its folder is missing, or matplotlib is and a picture is asked for.
     """
     for path in (json_path, png_path):
+        if path is not None and Path(path).is_dir():
+            raise TaperlitError(f"{path} is a folder; name a file.")
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise TaperlitError(f"{path}: there is no folder {Path(path).absolute().parent}; make it first.")
     if png_path is not None:

@@ -25,9 +25,9 @@ class GateHold(L.Callback):
     """Stops the gate's way down while a signal of training is out of its recent band, and takes the gate back.
 
     The signals, once per optimizer step and over all micro-batches and ranks: the training loss; the norm of all
-    gradients, before clipping; and, at the input of every tapered norm, the largest token's scale over the mean (the
-    largest of the micro-batches and ranks). The last warns first: a forward pass that is about to explode sends one
-    token's scale up from layer to layer, while loss, gradients and mean scale are calm. A signal is out when it is
+    gradients, before clipping; and, at the input of every tapered norm, the largest token's scale over the mean. The
+    last warns first: a forward pass that is about to explode sends one token's scale up from layer to layer, while
+    loss, gradients and mean scale are calm. A signal is out when it is
     above ``median + band * deviation`` of its last ``window`` values, where ``deviation`` is the median distance from
     the median, or 1% of the median where that is more.
 
@@ -136,7 +136,7 @@ class GateHold(L.Callback):
         self._forget_step()
         self._begin(trainer.global_step)
         for norm in self._norms.values():
-            norm.peak = torch.zeros_like(norm.alignment) if self._watches else None
+            norm.peak = norm.alignment.new_zeros(3) if self._watches else None
 
     def _begin(self, step: int) -> None:
         plan = self._gate.plan
@@ -192,10 +192,13 @@ class GateHold(L.Callback):
         gradients = torch.linalg.vector_norm(torch.stack(self._gradients)).float()
         left_out = torch.tensor(float(self._left_out), device=device)
         means = torch.stack((losses.sum(), torch.tensor(float(len(losses)), device=device), gradients, left_out))
-        means = mean_over_ranks(trainer, means)
-        peaks = torch.stack([peak.to(device) for peak in self._peaks()])
+        largest, sums, counts = torch.stack([peak.to(device) for peak in self._peaks()], dim=1)
+        means = mean_over_ranks(trainer, torch.cat((means, sums, counts)))
+        means, sums, counts = means.split((len(means) - 2 * len(largest), len(largest), len(largest)))
         # Which of NaN and a number is more, no two libraries agree on.
-        peaks = trainer.strategy.reduce(peaks.nan_to_num(nan=math.inf), reduce_op="max")
+        largest = trainer.strategy.reduce(largest.nan_to_num(nan=math.inf), reduce_op="max")
+        tiny = torch.finfo(torch.float32).tiny  # all tokens may be zero
+        peaks = torch.where(counts > 0, largest / (sums / counts).clamp(min=tiny), 0)
         total, count, gradient, skipped, *ratios = torch.cat((means, peaks)).double().tolist()  # one sync
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         finite = math.isfinite(total) and (math.isfinite(gradient) or scaled) and all(map(math.isfinite, ratios))

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from taperlit.checkpoint.folded import LoadedModel, load_model, read_model
-from taperlit.data.tokenizer import end_of_text_id
+from taperlit.data.tokenizer import end_of_text_id, parse_tokenizer
 from taperlit.decode.onnx_export import export_onnx
 from taperlit.decode.onnx_graph import library
 from taperlit.errors import TaperlitError
@@ -72,7 +71,7 @@ def _end_of_text(loaded: LoadedModel[Transformer | CausalLM]) -> str | None:
     """The tokenizer's token that ends a text; None where there is no tokenizer, or no such token."""
     if loaded.tokenizer_json is None:
         return None
-    tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
+    tokenizer = parse_tokenizer(loaded.tokenizer_json, "of the model")
     try:
         return tokenizer.id_to_token(end_of_text_id(tokenizer))
     except TaperlitError:

@@ -63,7 +63,6 @@ def generate(
     """
     # Here, so that the help and a wrong option are told without torch.
     import torch
-    from tokenizers import Tokenizer
 
     from taperlit.checkpoint.folded import load_model
     from taperlit.cli.prompts import (
@@ -77,7 +76,7 @@ def generate(
         stop_ids,
         tell,
     )
-    from taperlit.data.tokenizer import end_of_text_id
+    from taperlit.data.tokenizer import end_of_text_id, parse_tokenizer
     from taperlit.decode.engine import Engine
     from taperlit.decode.sampling import Sampling
 
@@ -95,7 +94,7 @@ def generate(
     loaded = load_model(model)
     if loaded.tokenizer_json is None:
         raise TaperlitError(f"{model} has no tokenizer; fold a checkpoint that was trained with text data.")
-    tokenizer, config = Tokenizer.from_str(loaded.tokenizer_json), loaded.model.config
+    tokenizer, config = parse_tokenizer(loaded.tokenizer_json, f"of {model}"), loaded.model.config
     ends = {end_of_text_id(tokenizer), *stop_ids(tokenizer, stop or [], stop_tokens, config.vocab_size)}
     names = ["The prompt"] if len(texts) == 1 else [f"Prompt {number}" for number in range(1, len(texts) + 1)]
     jobs = [

@@ -61,10 +61,10 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
-    except PermissionError as error:
-        raise _unreadable(path, error) from error
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise TaperlitError(f"The token cache {path} is damaged ({error}); delete it.") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _is_there(path: Path) -> bool:
@@ -74,7 +74,7 @@ def _is_there(path: Path) -> bool:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: PermissionError) -> TaperlitError:
+def _unreadable(path: Path, error: OSError) -> TaperlitError:
     return TaperlitError(
         f"The token cache {error.filename or path} cannot be read: {error.strerror}; give yourself the right to, or "
         "name another data.cache_dir."

@@ -43,10 +43,9 @@ def make_samples(
         TaperlitError: a model that cannot be read or decoded, or one without a tokenizer.
     """
     import torch
-    from tokenizers import Tokenizer
 
     from taperlit.checkpoint.folded import load_model
-    from taperlit.data.tokenizer import end_of_text_id
+    from taperlit.data.tokenizer import end_of_text_id, parse_tokenizer
     from taperlit.decode.engine import Engine
     from taperlit.decode.sampling import Sampling
     from taperlit.decode.text import TextStream
@@ -54,7 +53,7 @@ def make_samples(
     loaded = load_model(model)
     if loaded.tokenizer_json is None:
         raise TaperlitError(f"{model} has no tokenizer; fold a checkpoint that was trained with text data.")
-    tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
+    tokenizer = parse_tokenizer(loaded.tokenizer_json, "of the model")
     context, end = loaded.model.config.block_size, end_of_text_id(tokenizer)
     block = [] if prompt is not None or checkpoint is None else _validation_text(checkpoint)
     if prompt is None:
