@@ -148,11 +148,3 @@ def test_wrong_options_are_told(args, capsys):
     with pytest.raises(SystemExit) as end:
         command.parse(args)
     assert end.value.code == 2
-
-
-@pytest.mark.slow
-def test_the_short_form_finds_nothing(capsys):
-    status = command.main(["--mutations=30", "--faults=10", "--kills=1", "--starts=1"])
-    out = capsys.readouterr().out
-    assert status == 0, out
-    assert out.splitlines()[-1].startswith("1 kills, seed 0, ")
