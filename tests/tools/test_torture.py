@@ -1,4 +1,4 @@
-"""``tools/torture``: what it calls good and bad, on planted faults; and, slow, its short form."""
+"""``tools/torture``: what it calls good and bad, on planted faults."""
 
 import json
 import random
