@@ -1,7 +1,9 @@
-"""``tools/torture``: what it calls good and bad, on planted faults."""
+"""``tools/torture``: what it calls good and bad, on planted faults; and, slow, its short form."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -148,3 +150,13 @@ def test_wrong_options_are_told(args, capsys):
     with pytest.raises(SystemExit) as end:
         command.parse(args)
     assert end.value.code == 2
+
+
+@pytest.mark.slow
+def test_the_short_form_finds_nothing():
+    # In a process of its own: commands are forked from it, and pytest's threads and files are not theirs to inherit.
+    args = [sys.executable, "-m", "torture_harness", "--mutations=15", "--faults=5", "--kills=1", "--starts=1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
+    done = subprocess.run(args, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("1 kills, seed 0, ")
