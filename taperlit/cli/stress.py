@@ -31,12 +31,15 @@ def stress_model(model: str, device: str = "auto", seed: int = 0, quick: bool = 
     from taperlit.bench.machine import about, pick_device
     from taperlit.bench.results import check_paths, table, write_json
     from taperlit.checkpoint.folded import load_any
+    from taperlit.data.tokenizer import parse_tokenizer
     from taperlit.stress import FULL, QUICK, stress
     from taperlit.stress.report import COLUMNS
 
     check_paths(json, None)
     where = pick_device(device)
     loaded = load_any(model)
+    if loaded.tokenizer_json is not None:
+        parse_tokenizer(loaded.tokenizer_json, f"of {model}")  # refused before the model is tried
     sizes: Any = getattr(loaded.model, "config", loaded.model)
     report = stress(
         loaded.model.to(where),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from taperlit.data.tokenizer import parse_tokenizer
+from tokenizers import Tokenizer
 
 STEEP = 10.0  # times the median that the largest scale may be before the line warns; a normalised model has 2 to 3
 
@@ -157,7 +157,7 @@ class StressReport:
 
 def namer(tokenizer_json: str | None) -> Callable[[int], str]:
     """What tells a token id, as text too where the tokenizer is known."""
-    tokenizer = parse_tokenizer(tokenizer_json, "of the model") if tokenizer_json else None
+    tokenizer = Tokenizer.from_str(tokenizer_json) if tokenizer_json else None
 
     def name(token: int) -> str:
         text = tokenizer.decode([token], skip_special_tokens=False) if tokenizer else ""
