@@ -332,6 +332,14 @@ def test_a_validation_that_is_not_finite_is_a_divergence(place, monkeypatch):
     assert lost == {"step": settings["steps"], "gate": 0.0, "why": "the validation loss is not finite"}
 
 
+def test_a_run_that_ends_over_a_uniform_guess_is_lost():
+    guess = math.log(300)
+    assert runs._lost([(1, 2 * guess), (2, 0.99 * guess)], 300) is None
+    assert runs._lost([(1, 0.5 * guess), (2, 1e5)], 300)["step"] == 2
+    assert "ends at 1e+05" in runs._lost([(2, 1e5)], 300)["why"]
+    assert runs._lost([(1, math.inf), (2, 1.0)], 300) == {"step": 1, "why": "the validation loss is not finite"}
+
+
 def test_an_error_is_no_result(place, monkeypatch):
     settings = small().settings()
     settings["config"]["data"]["batch_size"] = 1 << 20

@@ -94,7 +94,8 @@ def _head(sections: Sequence[Section]) -> list[str]:
         f"# The paper, reproduced: {PAPER}",
         "",
         "Made by `tools/paper report` from the runs in [runs](runs), each stored under the hash of its settings. Every "
-        "number is of runs that are there; a run that diverged is counted, and in no mean.",
+        "number is of runs that are there; a run that diverged (a loss or gradient that is not finite, or a validation "
+        "loss that ends over a uniform guess's) is counted, and in no mean.",
         "",
         "## Ours beside the paper's",
         "",

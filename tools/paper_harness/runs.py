@@ -341,13 +341,10 @@ def _result(
 ) -> dict[str, Any]:
     size = SIZES[settings["size"]]
     val = logged.get("val/loss", [])
-    lost = next(((step, loss) for step, loss in val if not math.isfinite(loss)), None)
-    diverged = None
-    if cli is None:
-        diverged = _diverged(complaint)
-    elif lost is not None:
-        gates = [gate for step, gate in logged.get("taper/gate", []) if step <= lost[0]]
-        diverged = {"step": lost[0], "gate": gates[-1] if gates else None, "why": "the validation loss is not finite"}
+    diverged = _diverged(complaint) if cli is None else _lost(val, size.shape["vocab_size"])
+    if cli is not None and diverged is not None:
+        gates = [gate for step, gate in logged.get("taper/gate", []) if step <= diverged["step"]]
+        diverged["gate"] = gates[-1] if gates else None
     result = {
         "parameters": size.parameters,
         "tokens": settings["steps"] * size.tokens_per_step,
@@ -378,6 +375,17 @@ def _diverged(complaint: str) -> dict[str, Any]:
     gate = found["gate"]
     why = re.split(r"\. (?:The last good|No) checkpoint", complaint[found.end("phase") + 1 :])[0].strip()
     return {"step": int(found["step"]), "gate": None if gate is None else float(gate), "why": why}
+
+
+def _lost(val: list[tuple[int, float]], vocab_size: int) -> dict[str, Any] | None:
+    """Where the validation losses are lost: one is not finite, or the last is over that of a uniform guess."""
+    for step, loss in val:
+        if not math.isfinite(loss):
+            return {"step": step, "why": "the validation loss is not finite"}
+    if val and val[-1][1] > math.log(vocab_size):
+        step, loss = val[-1]
+        return {"step": step, "why": f"the validation loss ends at {loss:.4g}, over a uniform guess's"}
+    return None
 
 
 def _points(values: list[tuple[int, float]]) -> list[list[float]]:
