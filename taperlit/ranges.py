@@ -44,6 +44,26 @@ def require_range(
         raise TaperlitError(f"{name} is {value}; it must be {bounds or 'a finite number'}{mend and f': {mend}'}.")
 
 
+def require_steps(name: str, value: int | float | None, *, least: int = 0) -> None:
+    """Refuse what is neither a number of steps (int) nor a fraction of a run (float), whatever the run's length.
+
+    What depends on it is checked where it is known, by :func:`taperlit.schedule.resolve_steps`.
+
+    Args:
+        name: of the option, as the user writes it: ``GateSchedule.warmup``.
+        value: None is not checked: the option was left out.
+        least: the smallest number of steps that is allowed; with 1 or more, a fraction must be above 0.
+
+    Raises:
+        TaperlitError: names the option, its value and its range.
+    """
+    if isinstance(value, float):
+        bounds = {"above": 0} if least else {"least": 0}
+        require_range(name, value, **bounds, most=1, mend="a fraction of the run, as steps are integers")
+    else:
+        require_range(name, value, least=least)
+
+
 LARGEST_SEED = 2**32 - 1  # numpy's; torch takes more
 
 

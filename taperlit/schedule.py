@@ -3,6 +3,7 @@
 import math
 
 from taperlit.errors import TaperlitError
+from taperlit.ranges import require_steps
 
 
 def resolve_steps(value: int | float, max_steps: int, name: str) -> int:
@@ -11,16 +12,11 @@ def resolve_steps(value: int | float, max_steps: int, name: str) -> int:
     Raises:
         TaperlitError: negative, a fraction above 1, a fraction of a run without ``max_steps``, or beyond the run.
     """
+    require_steps(name, value)
     if isinstance(value, float):
-        if not 0.0 <= value <= 1.0:
-            raise TaperlitError(
-                f"{name} is {value}: a fraction of the run must be between 0 and 1 (steps are integers)."
-            )
         if max_steps < 1:
             raise TaperlitError(f"{name} is a fraction of the run: set trainer.max_steps, or give {name} in steps.")
         return round(value * max_steps)
-    if value < 0:
-        raise TaperlitError(f"{name} is {value}; it cannot be negative.")
     if 0 < max_steps < value:
         raise TaperlitError(f"{name} is {value} steps, longer than the run's {max_steps} (trainer.max_steps).")
     return value

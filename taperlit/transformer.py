@@ -258,7 +258,7 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=0.02)
 
 
-def _memory() -> float:
+def machine_memory() -> float:
     """The machine's memory, in bytes; without end where it is not told."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -277,7 +277,7 @@ class Rope(Float32State):
         super().__init__()
         self.config = config
         size = 16 * config.block_size * config.head_width  # bytes, while they are filled
-        if torch.get_default_device().type != "meta" and size > (memory := _memory()) / 2:
+        if torch.get_default_device().type != "meta" and size > (memory := machine_memory()) / 2:
             raise TaperlitError(
                 f"The rotary tables of block_size {config.block_size} take {size / 1e9:.1f} GB to make, and this "
                 f"machine has {memory / 1e9:.1f}; lower block_size."

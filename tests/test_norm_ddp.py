@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from processes import join_two
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -68,7 +69,7 @@ def worker(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    join_two(worker, str(tmp_path))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     model = build()
     losses, scalars = train(model, model, [torch.cat(pair) for pair in batches()], lambda value: value)

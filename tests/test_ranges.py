@@ -3,7 +3,7 @@ import math
 import pytest
 
 from taperlit.errors import TaperlitError
-from taperlit.ranges import require_range, require_seed
+from taperlit.ranges import require_range, require_seed, require_steps
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,19 @@ def test_a_number_is_inside_or_the_option_and_its_range_are_named(bounds, inside
         words = {"least": "at least 0", "above": "above 0", "most": "at most 1", "below": "below 1"}
         for word in (words[name] for name, bound in bounds.items() if bound == int(words[name][-1])):
             assert word in str(error.value)
+
+
+def test_steps_are_integers_and_fractions_of_a_run_floats():
+    for value in (0, 1, 10**9, 0.0, 0.3, 1.0, None):
+        require_steps("x.y", value)
+    for value in (1, 10**9, 1e-9, 1.0, None):
+        require_steps("x.y", value, least=1)
+    for value in (-1, -0.1, 1.001, 2.0, math.nan, math.inf):
+        with pytest.raises(TaperlitError, match=rf"^x\.y is {value}; it must be at least 0"):
+            require_steps("x.y", value)
+    for value, words in ((0, "at least 1"), (0.0, "above 0 and at most 1: a fraction of the run")):
+        with pytest.raises(TaperlitError, match=rf"^x\.y is {value}; it must be {words}"):
+            require_steps("x.y", value, least=1)
 
 
 def test_a_seed_is_one_that_numpy_takes():

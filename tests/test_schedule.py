@@ -36,7 +36,7 @@ def test_resolve_steps(value, total, steps):
 
 @pytest.mark.parametrize(
     ("value", "total", "message"),
-    [(1.5, 10, "between 0 and 1"), (0.5, -1, "set trainer.max_steps"), (-1, 10, "negative"), (11, 10, "longer than")],
+    [(1.5, 10, "at most 1"), (0.5, -1, "set trainer.max_steps"), (-1, 10, "at least 0"), (11, 10, "longer than")],
 )
 def test_resolve_steps_refuses(value, total, message):
     with pytest.raises(TaperlitError, match=f"gate.end.*{message}"):

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from processes import join_two
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -115,5 +116,5 @@ def worker(rank, folder):
 
 @pytest.mark.slow
 def test_a_table_that_is_split_between_processes(tmp_path):
-    torch.multiprocessing.spawn(worker, (tmp_path,), nprocs=2)
+    join_two(worker, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"0", "1"}

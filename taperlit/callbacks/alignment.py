@@ -12,7 +12,7 @@ from taperlit.callbacks.plan import Boundary, find_boundary, forget_plan
 from taperlit.distributed import keep_buffers_float32, mean_over_ranks, whole_parameters
 from taperlit.errors import TaperlitError
 from taperlit.norm import AlignmentFit, Gate, Phase, TaperNorm, set_alignment_fit, shared_gate, update_alignment
-from taperlit.ranges import require_range
+from taperlit.ranges import require_range, require_steps
 from taperlit.surgery import require_tapered
 
 
@@ -78,7 +78,9 @@ class AlignmentFreeze(L.Callback):
         moments: bool = False,
     ) -> None:
         require_range("AlignmentFreeze.ema_rate", ema_rate, above=0, most=1)
+        require_range("AlignmentFreeze.skip", skip, least=0)
         require_range("AlignmentFreeze.track", track, least=0, below=1)
+        require_steps("AlignmentFreeze.at", at, least=1)
         self.at, self.ema_rate, self.fit = at, ema_rate, AlignmentFit(fit, skip)
         self.track, self.moments = track, moments
         self._norms: dict[str, TaperNorm] = {}

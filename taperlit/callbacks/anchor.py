@@ -14,7 +14,7 @@ from taperlit.callbacks.submodule import first_input, named_module
 from taperlit.callbacks.token_scale import scale_over
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm
-from taperlit.ranges import require_range
+from taperlit.ranges import require_range, require_steps
 from taperlit.training.lightning_compat import should_log
 
 
@@ -62,6 +62,7 @@ class ScaleAnchor(L.Callback):
         require_range("ScaleAnchor.weight", weight, least=0)
         require_range("ScaleAnchor.ema_rate", ema_rate, above=0, most=1)
         require_range("ScaleAnchor.skip", skip, least=0)
+        require_steps("ScaleAnchor.at", at, least=1)
         self.module, self.weight, self.ema_rate, self.kind, self.at = module, weight, ema_rate, kind, at
         self.skip = skip
         self._undo: list[Callable[[], None]] = []

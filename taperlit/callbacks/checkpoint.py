@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taperlit.checkpoint.atomic import recover
 from taperlit.distributed import gather
-from taperlit.errors import TaperlitError
+from taperlit.ranges import require_range
 from taperlit.training.lightning_compat import (
     CheckpointCallback,
     log_step_now,
@@ -73,7 +73,7 @@ class RunCheckpoint(CheckpointCallback):
         **kwargs: ModelCheckpoint's others.
 
     Raises:
-        TaperlitError: ``minutes`` is not positive.
+        TaperlitError: ``minutes`` is not above 0.
         Stopped: as above.
     """
 
@@ -86,6 +86,7 @@ class RunCheckpoint(CheckpointCallback):
         minutes: float | None = 15.0,
         **kwargs: Any,
     ) -> None:
+        require_range("RunCheckpoint.minutes", minutes, above=0, mend="null is never")
         super().__init__(
             filename=filename,
             monitor=monitor,
@@ -93,8 +94,6 @@ class RunCheckpoint(CheckpointCallback):
             enable_version_counter=enable_version_counter,
             **kwargs,
         )
-        if minutes is not None and not minutes > 0:
-            raise TaperlitError(f"RunCheckpoint.minutes is {minutes}; it must be positive, or null for never.")
         self.minutes = minutes
         self._saved_last = time.monotonic()
         self._evaluates = False

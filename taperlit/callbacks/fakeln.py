@@ -18,7 +18,7 @@ from taperlit.data.tokenizer import end_of_text_id
 from taperlit.distributed import keep_buffers_float32, mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.norm import plain_name
-from taperlit.ranges import require_range
+from taperlit.ranges import require_range, require_steps
 from taperlit.schedule import resolve_steps
 from taperlit.training.lightning_compat import should_log
 
@@ -87,6 +87,9 @@ class FakeLNSchedule(L.Callback):
     ) -> None:
         if sigma not in ("start", "moving"):
             raise TaperlitError(f"FakeLNSchedule.sigma is {sigma!r}; choose start or moving.")
+        require_steps("FakeLNSchedule.start", start, least=0 if isinstance(start, float) else 2)  # step 1 measures
+        for name, steps in {"mlp": mlp, "qk": qk, "v": v, "final": final}.items():
+            require_steps(f"FakeLNSchedule.{name}", steps)
         require_range("FakeLNSchedule.aux_weight", aux_weight, least=0)
         require_range("FakeLNSchedule.end_of_text", end_of_text, least=0)
         self.start, self.mlp, self.qk, self.v, self.final = start, mlp, qk, v, final
@@ -119,7 +122,7 @@ class FakeLNSchedule(L.Callback):
             trainer: of the run, whose fit has begun.
 
         Raises:
-            TaperlitError: it begins before there are statistics, or is longer than the run.
+            TaperlitError: it is longer than the run.
         """
         if self._schedule:
             return self._schedule
@@ -129,8 +132,6 @@ class FakeLNSchedule(L.Callback):
         step = resolve_steps(self.start, total, "FakeLNSchedule.start")
         if isinstance(self.start, float):
             step = max(step, 2)
-        if step < 2:
-            raise TaperlitError(f"FakeLNSchedule.start is {step}: step 1 measures, so it must be at least 2.")
         planned: list[tuple[int, str, bool]] = []
         for name in ("mlp", "qk", "v"):
             stage, pace = stages[name], getattr(self, name)

@@ -15,6 +15,7 @@ from taperlit.callbacks.gradients import numbers
 from taperlit.distributed import gather, local
 from taperlit.errors import TaperlitError
 from taperlit.norm import Phase, plain_name, shared_gate
+from taperlit.ranges import require_range
 from taperlit.training.lightning_compat import should_accumulate
 
 PHASES = {
@@ -51,8 +52,7 @@ class FiniteGuard(L.Callback):
     """
 
     def __init__(self, skip: bool = False, patience: int = 20) -> None:
-        if patience < 1:
-            raise TaperlitError(f"FiniteGuard.patience is {patience}; it must be at least 1.")
+        require_range("FiniteGuard.patience", patience, least=1)
         self.skip, self.patience = skip, patience
         self._forget()
 

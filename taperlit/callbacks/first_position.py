@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from taperlit.callbacks.plan import forget_plan
 from taperlit.errors import TaperlitError
 from taperlit.norm import Gate, Phase, TaperNorm, shared_gate
+from taperlit.ranges import require_steps
 from taperlit.schedule import gate_at, resolve_steps
 from taperlit.surgery import require_tapered, separate_first
 
@@ -31,7 +32,7 @@ class FirstPosition(L.Callback):
         shape: ``cosine`` or ``linear``.
 
     Raises:
-        TaperlitError: there is no such shape; before the first step, if the model has no TaperNorm, ``end`` is beyond
+        TaperlitError: a value out of its range; before the first step, if the model has no TaperNorm, ``end`` is beyond
             the run or not after the gate's, the statistics or the taper began without a first position, or weights
             are averaged that were copied without one; in a step, if the gate is open at ``end``, or a norm's input is
             not (B, T, *shape).
@@ -40,6 +41,7 @@ class FirstPosition(L.Callback):
     def __init__(self, end: int | float = 0.8, shape: Literal["cosine", "linear"] = "cosine") -> None:
         if shape not in ("cosine", "linear"):
             raise TaperlitError(f"FirstPosition.shape is {shape!r}; choose cosine or linear.")
+        require_steps("FirstPosition.end", end, least=1)
         self.end, self.shape = end, shape
         self._forget()
 

@@ -1,5 +1,6 @@
 """Drive the global gate from 1 to 0."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -13,7 +14,7 @@ from taperlit.callbacks.stages import stages_of
 from taperlit.distributed import mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.norm import Gate, GatePlan, Phase, Stage, TaperNorm, shared_gate
-from taperlit.ranges import require_range
+from taperlit.ranges import require_range, require_steps
 from taperlit.schedule import resolve_steps
 from taperlit.surgery import missing_gains, require_tapered
 
@@ -68,10 +69,10 @@ class GateSchedule(L.Callback):
         stages: None, ``depth``, ``kind``, or ``(high, low)`` by glob patterns over the norms' names.
 
     Raises:
-        TaperlitError: before the first step, if the model has no TaperNorm, nobody will freeze its alignment scalars,
-            the optimizers miss parameters of the linear branch, the gate is lower than the schedule begins, the
-            boundaries are out of order or beyond the run, a stage is none or cannot be told, or a resumed run has
-            others.
+        TaperlitError: a value out of its range, or boundaries out of order; before the first step, if the model has no
+            TaperNorm, nobody will freeze its alignment scalars, the optimizers miss parameters of the linear branch,
+            the gate is lower than the schedule begins, the boundaries are out of order or beyond the run, a stage
+            cannot be told, or a resumed run has others.
     """
 
     def __init__(
@@ -89,7 +90,14 @@ class GateSchedule(L.Callback):
             raise TaperlitError(f"GateSchedule.stages is {stages!r}; choose depth or kind, or give patterns of names.")
         if isinstance(warmup, str) and warmup != "auto":
             raise TaperlitError(f"GateSchedule.warmup is {warmup!r}; give steps, a fraction of the run, or auto.")
+        self._check_steps(warmup, end, least, latest)
         require_range("GateSchedule.settle", settle, above=0)
+        if isinstance(stages, Mapping):
+            for pattern, (high, low) in stages.items():
+                if not 0 <= low < high <= 1:
+                    raise TaperlitError(
+                        f"GateSchedule.stages has {(high, low)} for {pattern!r}; it must be 0 <= low < high <= 1."
+                    )
         if shape not in ("cosine", "linear"):
             raise TaperlitError(f"GateSchedule.shape is {shape!r}; choose cosine or linear.")
         if closed not in ("refuse", "keep"):
@@ -97,6 +105,22 @@ class GateSchedule(L.Callback):
         self.warmup, self.end, self.shape, self.closed = warmup, end, shape, closed
         self.settle, self.least, self.latest, self.stages = settle, least, latest, stages
         self._forget()
+
+    @staticmethod
+    def _check_steps(warmup: int | float | str, end: int | float, least: int | float, latest: int | float) -> None:
+        """What is wrong in a run of any length; two boundaries can be compared where both are steps or fractions."""
+        require_steps("GateSchedule.end", end, least=1)
+        require_steps("GateSchedule.least", least)
+        require_steps("GateSchedule.latest", latest)
+        longest = latest
+        if not isinstance(warmup, str):
+            require_steps("GateSchedule.warmup", warmup)
+            longest = warmup
+        elif isinstance(least, float) == isinstance(latest, float):
+            require_range("GateSchedule.latest", latest, least=least, mend="raise it, or lower least")
+        if isinstance(longest, float) == isinstance(end, float):
+            lower = "latest" if isinstance(warmup, str) else "warmup"
+            require_range("GateSchedule.end", end, above=longest, mend=f"lower {lower}, or raise end")
 
     def _forget(self) -> None:
         self._boundaries: tuple[int, int] | None = None

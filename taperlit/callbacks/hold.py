@@ -13,7 +13,7 @@ from taperlit.callbacks.plan import forget_plan
 from taperlit.distributed import gradient_norms, mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.norm import Gate, TaperNorm, shared_gate
-from taperlit.ranges import require_range
+from taperlit.ranges import require_range, require_steps
 from taperlit.schedule import resolve_steps
 from taperlit.surgery import require_tapered
 from taperlit.training.lightning_compat import should_log
@@ -76,6 +76,8 @@ class GateHold(L.Callback):
         require_range("GateHold.far", far, least=band)
         require_range("GateHold.window", window, least=4)
         require_range("GateHold.patience", patience, least=1)
+        require_steps("GateHold.back", back)
+        require_steps("GateHold.latest", latest, least=1)
         self.band, self.window, self.patience, self.back, self.latest = band, window, patience, back, latest
         self.far = far
         self._norms: dict[str, TaperNorm] = {}

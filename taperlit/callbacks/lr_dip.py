@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm, shared_gate
+from taperlit.ranges import require_range, require_steps
 from taperlit.schedule import resolve_steps
 from taperlit.surgery import require_tapered
 
@@ -44,10 +44,8 @@ class LearningRateDip(L.Callback):
     """
 
     def __init__(self, factor: float = 0.1, steps: int | float = 0.02) -> None:
-        if not 0 <= factor < 1:
-            raise TaperlitError(f"LearningRateDip.factor is {factor}; it must be in [0, 1).")
-        if not steps > 0:
-            raise TaperlitError(f"LearningRateDip.steps is {steps}; it must be above 0.")
+        require_range("LearningRateDip.factor", factor, least=0, below=1)
+        require_steps("LearningRateDip.steps", steps, least=1)
         self.factor, self.steps = factor, steps
         self._undo: list[Callable[[], None]] = []
         self._full: list[tuple[dict[str, Any], Any]] = []  # a group in a step under way, and its learning rate

@@ -14,7 +14,7 @@ from taperlit.callbacks.submodule import first_input
 from taperlit.distributed import gather
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm, plain_name, shared_gate
-from taperlit.ranges import require_range
+from taperlit.ranges import require_range, require_steps
 from taperlit.schedule import resolve_steps
 from taperlit.surgery import require_tapered
 
@@ -69,6 +69,10 @@ class ShrinkMassive(L.Callback):
 
     def __init__(self, multiple: float = 4.0, begin: int | float = 2, end: int | float = 0.1) -> None:
         require_range("ShrinkMassive.multiple", multiple, least=1)
+        require_steps("ShrinkMassive.begin", begin, least=1)
+        require_steps("ShrinkMassive.end", end, least=2)
+        if isinstance(begin, float) == isinstance(end, float):
+            require_range("ShrinkMassive.end", end, above=begin, mend="raise it, or lower begin")
         self.multiple, self.begin, self.end = multiple, begin, end
         self._forget()
 

@@ -21,7 +21,7 @@ from taperlit.distributed import data_rank, mean_over_ranks
 from taperlit.errors import TaperlitError
 from taperlit.modes import evaluating
 from taperlit.norm import plain_name, tapered_norms
-from taperlit.ranges import require_range, require_seed
+from taperlit.ranges import require_range, require_seed, require_steps
 from taperlit.schedule import resolve_steps
 from taperlit.training.lightning_compat import should_log
 
@@ -85,6 +85,7 @@ class TailPenalty(L.Callback):
         require_range("TailPenalty.weight", weight, least=0)
         require_range("TailPenalty.multiple", multiple, least=1)
         require_range("TailPenalty.ema_rate", ema_rate, above=0, most=1)
+        require_steps("TailPenalty.start", start)
         require_range("TailPenalty.random_every", random_every, least=1, mend="null is never")
         require_range("TailPenalty.random_sequences", random_sequences, least=1)
         require_range("TailPenalty.vocab_size", vocab_size, least=1)

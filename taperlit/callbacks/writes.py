@@ -12,7 +12,7 @@ from taperlit.callbacks.after_step import after_each_step
 from taperlit.callbacks.plan import find_boundary, forget_plan
 from taperlit.errors import TaperlitError
 from taperlit.norm import plain_name
-from taperlit.ranges import require_range
+from taperlit.ranges import require_range, require_steps
 from taperlit.static import cap_singular_values
 
 WRITERS = ("*.o_proj", "*.down_proj", "*.c_proj")
@@ -53,6 +53,7 @@ class BoundedWrites(L.Callback):
         self, multiple: float = 2.5, at: int | float | None = None, names: Sequence[str] | None = None
     ) -> None:
         require_range("BoundedWrites.multiple", multiple, above=1)
+        require_steps("BoundedWrites.at", at, least=1)
         if isinstance(names, str) or (names is not None and not names):
             raise TaperlitError(f"BoundedWrites.names is {names!r}; give a list of patterns, or None.")
         self.multiple, self.at, self.names = multiple, at, names

@@ -189,7 +189,7 @@ def load_folded(directory: str | Path, build: Callable[[], ModuleT]) -> ModuleT:
     """
     directory = Path(directory)
     before = _begin(directory)
-    return _load(directory, build, _read_config(directory), before)
+    return _load(directory, build, _read_whole(directory), before)
 
 
 def load_checkpoint(path: str | Path) -> LoadedModel[Transformer | CausalLM]:
@@ -264,7 +264,7 @@ def read_model(path: str | Path) -> LoadedModel[Transformer | CausalLM]:
     if is_checkpoint:
         return load_checkpoint(path)
     before = _begin(path)
-    config = _read_config(path)
+    config = _read_whole(path)
     build: Callable[[], Transformer | CausalLM]
     file = path / "config.json"
     if "model" in config:
@@ -371,7 +371,15 @@ def _stamps(directory: Path) -> dict[str, tuple[int, ...]]:
     return {path.name: stamp(path) for path in directory.glob("*")}
 
 
-def _read_config(directory: Path) -> Config:
+def read_config(directory: Path) -> Config:
+    """What a folded model's ``config.json`` says, without a look at the files beside it.
+
+    Args:
+        directory: that :func:`write_folded` made.
+
+    Raises:
+        TaperlitError: it is no such directory, of another version, or the file is missing or not as it was written.
+    """
     path = directory / "config.json"
     try:
         is_other, is_there = directory.is_file() or _is_sharded(directory), path.exists()
@@ -391,16 +399,25 @@ def _read_config(directory: Path) -> Config:
     # A record that was made by hand may have measured nothing.
     measured = {"structure": {"difference": 0.0, **record}} if isinstance(record, dict) else {}
     check_fields({**config, **measured}, Config, path, "it", MEND)
-    _check_files(directory, config["checksums"])
-    if config["checksums"][path.name] != checksum_of(config):
+    sums = config["checksums"]
+    if path.name not in sums:
+        raise TaperlitError(f"{path}: checksums.{path.name} is missing; {MEND}.")
+    if sums[path.name] != checksum_of(config):
         raise damaged(path, "its checksum differs", MEND)
     return cast(Config, config)
+
+
+def _read_whole(directory: Path) -> Config:
+    """The same, once every file is known to be as it was written."""
+    config = read_config(directory)
+    _check_files(directory, config["checksums"])
+    return config
 
 
 def _check_files(directory: Path, checksums: dict[str, int]) -> None:
     """Compare every file but ``config.json`` with its checksum, and see that each has one."""
     optional = [name for name in (BUFFERS, TOKENIZER) if (directory / name).exists()]
-    for name in ("config.json", WEIGHTS, *optional):
+    for name in (WEIGHTS, *optional):
         if name not in checksums:
             raise TaperlitError(f"{directory / 'config.json'}: checksums.{name} is missing; {MEND}.")
     for name, expected in checksums.items():

@@ -1,11 +1,11 @@
 """What ``taperlit export`` does for each program."""
 
-import json
 from pathlib import Path
 
 import torch
 
 from taperlit.checkpoint.folded import LoadedModel, load_model, read_model
+from taperlit.checkpoint.plain import check_fields, read_json
 from taperlit.data.tokenizer import end_of_text_id, parse_tokenizer
 from taperlit.decode.onnx_export import export_onnx
 from taperlit.decode.onnx_graph import library
@@ -79,14 +79,9 @@ def _end_of_text(loaded: LoadedModel[Transformer | CausalLM]) -> str | None:
 
 
 def _read_figures(path: Path) -> dict[str, float]:
-    try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TaperlitError(f"--results {path} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(figures, dict) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in figures.values()
-    ):
-        raise TaperlitError(f'--results {path} is no JSON object of numbers, such as {{"loss before": 3.01}}.')
+    mend = 'give --results a JSON object of numbers, such as {"loss before": 3.01}'
+    figures = read_json(path, mend)
+    check_fields(figures, dict[str, float], path, "it", mend)
     return figures
 
 

@@ -26,11 +26,13 @@ class OneLineErrors:
         sys.exit(2)
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parser's own, but a file of other bytes than text is a wrong option too."""
+        """As the parser's own, but a file of other bytes than text, or nested without end, is a wrong option too."""
         try:
             return super().parse_args(*args, **kwargs)  # type: ignore[misc]
         except UnicodeDecodeError as error:
             self.error(f"--config: a file is no UTF-8 text ({error.reason} at byte {error.start})")
+        except RecursionError:
+            self.error("an option or a file of --config is nested too deeply")
 
 
 class Parser(OneLineErrors, ArgumentParser):

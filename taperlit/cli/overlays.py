@@ -63,14 +63,14 @@ def _given(args: Sequence[str]) -> Iterator[tuple[str | None, Leaves]]:
 def _read(name: str) -> Any:
     try:
         return yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
 
 
 def _loaded(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         return text
 
 

@@ -122,7 +122,7 @@ def read_prompts(path: Path) -> list[str]:
         if path.suffix == ".jsonl":
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TaperlitError(f"{path}, line {number}, is no JSON: {error}.") from error
             prompt = next((row[key] for key in ("prompt", "text") if key in row), None) if type(row) is dict else None
         if not isinstance(prompt, str):

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from taperlit.callbacks.predictions import PredictionWriter
+from taperlit.checkpoint.sizes import check_memory
 from taperlit.cli.claim import claimed_folder
 from taperlit.cli.options import OneLineErrors
 from taperlit.cli.overlays import without_effect
@@ -34,6 +35,7 @@ from taperlit.errors import TaperlitError, Terminated
 from taperlit.training.lightning_compat import CLI, given_name, model_options, slurm_checkpoint
 from taperlit.training.logs import LoggedOnce
 from taperlit.training.module import LanguageModel
+from taperlit.training.source import Preset
 from taperlit.training.trainer import Trainer
 
 
@@ -124,6 +126,9 @@ class TaperlitCLI(CLI):
         except (TypeError, ValueError) as error:  # Lightning's word on a strategy or device that there is not
             raise TaperlitError(" ".join(str(error).split())) from error
         _refuse_names_outside(trainer)
+        if isinstance(self.model.source, Preset):
+            with trainer.strategy.tensor_init_context():  # where and in what dtype the fit will build it
+                check_memory(self.model.source.config)
         if keyword in (None, "hpc"):
             options.ckpt_path = slurm_checkpoint(trainer)
         if keyword == "best" or (keyword == "hpc" and options.ckpt_path is None):

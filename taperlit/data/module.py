@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from taperlit.checkpoint.atomic import aside, write_directory
 from taperlit.data.loader import BlockSampler, ResumableLoader
 from taperlit.data.sources import Piece, describe_files, expand_globs, python_files, read_files, read_hub
-from taperlit.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from taperlit.data.tokenizer import fingerprint, largest_id, load_tokenizer, train_tokenizer
 from taperlit.data.tokens import SPLITS, TokenBlocks, check_tokens, read_meta, split_of, write_tokens
 from taperlit.distributed import data_rank
 from taperlit.errors import TaperlitError
@@ -152,8 +152,14 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the tokenizer, once ``setup`` has run."""
-        return self.tokenizer.get_vocab_size()
+        """What all token ids are below, once ``setup`` has run: the tokenizer's size, or more if its ids have gaps."""
+        tokenizer = self.tokenizer
+        return max(tokenizer.get_vocab_size(), largest_id(tokenizer) + 1)
+
+    @property
+    def largest_token(self) -> int:
+        """The largest id in the data, which is read whole, once ``setup`` has run; -1 where there is none."""
+        return max(int(blocks.tokens.max(initial=0)) if len(blocks.tokens) else -1 for blocks in self._blocks.values())
 
     @property
     def in_words(self) -> str:
@@ -161,7 +167,7 @@ class TextDataModule(L.LightningDataModule):
         tokens = self._meta["tokens"]
         return (
             f"{self._source_name()}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out; "
-            f"blocks of {self.block_size}, {self.vocab_size:,} different tokens"
+            f"blocks of {self.block_size}, {self.tokenizer.get_vocab_size():,} different tokens"
         )
 
     @property

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from taperlit.checkpoint.checksum import CHECKSUMS, checksum, checksum_of
 from taperlit.checkpoint.plain import parse_json
 from taperlit.data.sources import Piece
-from taperlit.data.tokenizer import end_of_text_id, largest_id
+from taperlit.data.tokenizer import end_of_text_id, largest_id, parse_tokenizer
 from taperlit.fields import mismatch
 
 BATCH_CHARACTERS = 1 << 22
@@ -144,7 +144,7 @@ def read_meta(directory: Path) -> dict:
 
 
 def check_tokens(directory: Path, at_most: int | None = None) -> None:
-    """Compare every byte of a cache with its checksum.
+    """Compare every byte of a cache with its checksum, and every token with its tokenizer's largest id.
 
     Args:
         directory: that :func:`write_tokens` filled.
@@ -160,6 +160,13 @@ def check_tokens(directory: Path, at_most: int | None = None) -> None:
             continue
         if checksum(directory / name) != meta[CHECKSUMS][name]:
             raise ValueError(f"{name} is not as it was written")
+    limit = largest_id(parse_tokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), "in it"))
+    for split in SPLITS:
+        path = directory / f"{split}.bin"
+        if path.stat().st_size and (at_most is None or path.stat().st_size <= at_most):
+            largest = int(np.memmap(path, dtype=meta["dtype"], mode="r").max())
+            if largest > limit:
+                raise ValueError(f"{path.name} has the token {largest}, and its tokenizer's largest is {limit}")
 
 
 class TokenBlocks(Dataset):

@@ -1,19 +1,56 @@
 """Decoding with onnxruntime, from a directory that an export wrote."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from taperlit.checkpoint.checksum import checksum, checksum_of
+from taperlit.checkpoint.plain import cannot_be_read, check_fields, check_file, damaged, read_json
 from taperlit.decode.loop import Decoding, Prompts
 from taperlit.decode.onnx_graph import GRAPH, library
 from taperlit.errors import TaperlitError
 
 FORMAT = "taperlit-onnx-1"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+MEND = "export the model again"
+
+
+class Shapes(TypedDict):
+    """What ``config.json`` says of the model: as :class:`taperlit.TransformerConfig`, a head's width padded.
+
+    Keys:
+        n_layer: blocks.
+        n_kv_head: key/value heads.
+        d_head: width of a head of the cache.
+        vocab_size: tokens in the vocabulary.
+        block_size: longest context, in tokens.
+        dtype: of weights, activations and cache.
+    """
+
+    n_layer: int
+    n_kv_head: int
+    d_head: int
+    vocab_size: int
+    block_size: int
+    dtype: Literal["float32", "float16"]
+
+
+class Config(TypedDict):
+    """What ``config.json`` holds.
+
+    Keys:
+        format: :data:`FORMAT`.
+        model: see :class:`Shapes`.
+        checksums: the CRC-32 of each file, and of this one's other keys.
+    """
+
+    format: str
+    model: Shapes
+    checksums: dict[str, int]
 
 
 class OnnxEngine(Decoding):
@@ -124,15 +161,15 @@ class OnnxEngine(Decoding):
         return binding
 
 
-def write_config(directory: Path, model: dict[str, Any]) -> None:
-    """Write ``config.json``: the model's shape, and the checksum of every file that is there."""
+def write_config(directory: Path, model: Mapping[str, Any]) -> None:
+    """Write ``config.json``: the model's :class:`Shapes`, and the checksum of every file that is there."""
     config: dict[str, Any] = {"format": FORMAT, "model": model}
     config["checksums"] = {path.name: checksum(path) for path in sorted(directory.iterdir())}
     config["checksums"][CONFIG] = checksum_of(config)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> Config:
     """Read ``config.json`` and compare every file with its checksum.
 
     Raises:
@@ -140,22 +177,37 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text())
-        written, checksums = str(config.get("format")), dict(config.get("checksums", {}))
-        whole = checksums.pop(CONFIG, None) == checksum_of(config)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise TaperlitError(f"{directory} has no {CONFIG}; name what `taperlit export --to onnx` wrote.") from error
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise TaperlitError(f"{path} is damaged; export the model again.") from error
+        if not path.exists():
+            raise TaperlitError(f"{directory} has no {CONFIG}; name what `taperlit export --to onnx` wrote.")
+    except OSError as error:
+        raise cannot_be_read(path, error, MEND) from error
+    config = read_json(path, MEND)
+    written = config.get("format") if isinstance(config, dict) else None
     if written != FORMAT:
-        if written.startswith("taperlit-onnx-"):
-            raise TaperlitError(f"{directory} was written by another version of taperlit; export the model again.")
+        if str(written).startswith("taperlit-onnx-"):
+            raise TaperlitError(f"{directory} was written by another version of taperlit; {MEND}.")
         raise TaperlitError(f"{directory} is no ONNX export; name what `taperlit export --to onnx` wrote.")
-    if not whole:
-        raise TaperlitError(f"{path} is damaged; export the model again.")
-    for name, expected in checksums.items():
-        if not (directory / name).exists():
-            raise TaperlitError(f"{directory / name} is missing; export the model again.")
-        if checksum(directory / name) != expected:
-            raise TaperlitError(f"{directory / name} is damaged; export the model again.")
+    check_fields(config, Config, path, "it", MEND)
+    config = cast(Config, config)
+    for name, value in config["model"].items():
+        if isinstance(value, int) and value < 1:
+            raise TaperlitError(f"{path}: it.model.{name} is {value}, and must be at least 1; {MEND}.")
+    sums = config["checksums"]
+    for name in (CONFIG, GRAPH):
+        if name not in sums:
+            raise TaperlitError(f"{path}: checksums.{name} is missing; {MEND}.")
+    if sums[CONFIG] != checksum_of(config):
+        raise damaged(path, "its checksum differs", MEND)
+    for name, expected in sums.items():
+        file = directory / name
+        if Path(name).name != name:
+            raise TaperlitError(f"{path}: checksums.{name[:60]} is of no file beside it; {MEND}.")
+        if name != CONFIG:
+            check_file(file, MEND)
+            try:
+                differs = checksum(file) != expected
+            except OSError as error:
+                raise cannot_be_read(file, error, MEND) from error
+            if differs:
+                raise damaged(file, "its checksum differs", MEND)
     return config

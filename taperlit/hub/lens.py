@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from taperlit.checkpoint.atomic import write_directory
+from taperlit.checkpoint.plain import check_fields, check_file, damaged, read_json
 from taperlit.compare import largest_difference
 from taperlit.errors import TaperlitError
 from taperlit.norm import Affine
@@ -24,6 +25,7 @@ from taperlit.transformer import Transformer, TransformerConfig
 FORMAT = "taperlit-transformer-lens-1"
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 ROTARY = "rotary.frequencies"
+MEND = "export it again"
 TOLERANCE = 1e-4  # of the largest logit: float32 through many layers
 CHECKED_TOKENS = 32
 ACTIVATIONS = {"swiglu": "silu", "gelu": "gelu_new", "relu": "relu"}  # by TransformerConfig.mlp; it has no sigmoid
@@ -93,13 +95,15 @@ def load_hooked(directory: str | Path, device: str = "cpu") -> Any:
     """
     HookedTransformer, HookedTransformerConfig = hooked_transformer()
     directory = Path(directory)
+    config = read_json(directory / CONFIG, MEND)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise TaperlitError(f"{directory} was not written by `taperlit export --to transformer-lens`; name what was.")
+    check_fields(config.get("hooked"), dict[str, Any], directory / CONFIG, "hooked", MEND)
+    check_file(directory / WEIGHTS, MEND)
     try:
-        config = json.loads((directory / CONFIG).read_text())
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise TaperlitError(f"{directory} was not written by `taperlit export --to transformer-lens`.")
         state = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise TaperlitError(f"{directory} cannot be read ({' '.join(str(error).split())}); export it again.") from error
+        raise damaged(directory / WEIGHTS, error, MEND) from error
     tokenizer = None
     if (directory / TOKENIZER).exists():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -110,15 +114,18 @@ def load_hooked(directory: str | Path, device: str = "cpu") -> Any:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / TOKENIZER))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # that it is gone in 4.0 is said in hooked_transformer
-        cfg = HookedTransformerConfig(**config["hooked"], dtype=torch.float32, init_weights=False, device=device)
-        model = HookedTransformer(cfg, tokenizer=tokenizer)
+        try:
+            cfg = HookedTransformerConfig(**config["hooked"], dtype=torch.float32, init_weights=False, device=device)
+            model = HookedTransformer(cfg, tokenizer=tokenizer)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise damaged(directory / CONFIG, error, MEND) from error
     frequencies = state.pop(ROTARY, None)
     if frequencies is not None:
         _set_rotary(model, frequencies.to(device))
     missing, unexpected = model.load_state_dict(state, strict=False)  # masks and rotary tables are not in the file
     parameters = {name for name, _ in model.named_parameters()}
     if left := [*unexpected, *(name for name in missing if name in parameters)]:
-        raise TaperlitError(f"{directory} is not what its config says ({left[0]}); export it again.")
+        raise TaperlitError(f"{directory} is not what its config says ({left[0]}); {MEND}.")
     return model.eval()
 
 

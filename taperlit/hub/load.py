@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from taperlit.checkpoint.plain import check_fields, read_json, read_text
 from taperlit.errors import TaperlitError
 from taperlit.hub.causal_lm import CausalLM
 from taperlit.hub.origin import CARRIED, Origin
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+MEND = "download it again"
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Buffers that old checkpoints hold and models make themselves now.
@@ -271,10 +273,10 @@ def _with_weights(place: _Place) -> _Place:
     index = place.folder / INDEX
     files = [WEIGHTS]
     if not (place.folder / WEIGHTS).exists() and index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise TaperlitError(f"{place.name}: {INDEX} is damaged ({_words(error)}).") from error
+        content = read_json(index, MEND)
+        places: Any = content.get("weight_map") if isinstance(content, dict) else content
+        check_fields(places, dict[str, str], index, "weight_map", MEND)
+        files = sorted(set(places.values()))
     if place.on_hub:
         # The snapshot's folder is called after its commit: weights and config are of one.
         place = _Place(place.name, _fetch(place.name, [*_SMALL, "*.py", *files], place.folder.name), on_hub=True)
@@ -301,16 +303,16 @@ def _origin(place: _Place, remote_code: bool) -> Origin:
             ) from error
     else:
         paths = (place.folder / name for name in CARRIED)
-        files = {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}
+        files = {path.name: read_text(path, MEND) for path in paths if path.exists()}
     if "config.json" not in files:
         raise TaperlitError(f"{place.name} has no config.json, so it is no pretrained model.")
     for name, text in files.items():
         try:
             good = not name.endswith(".json") or isinstance(json.loads(text), dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             good = False
         if not good:
-            raise TaperlitError(f"{place.name}: {name} is damaged: it is not a JSON object.")
+            raise TaperlitError(f"{place.name}: {name} is damaged: it is not a JSON object; {MEND}.")
     origin = Origin(place.name, files)
     _check_config(place.name, origin.config, remote_code)
     return origin

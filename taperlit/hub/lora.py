@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from taperlit.errors import TaperlitError
+from taperlit.ranges import require_range
 from taperlit.surgery import known_norms
 
 
@@ -33,12 +34,9 @@ class Lora:
     targets: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise TaperlitError(f"lora.rank must be at least 1, not {self.rank}.")
-        if not self.alpha > 0:
-            raise TaperlitError(f"lora.alpha must be more than 0, not {self.alpha}.")
-        if not 0 <= self.dropout < 1:
-            raise TaperlitError(f"lora.dropout must be at least 0 and less than 1, not {self.dropout}.")
+        require_range("lora.rank", self.rank, least=1)
+        require_range("lora.alpha", self.alpha, above=0)
+        require_range("lora.dropout", self.dropout, least=0, below=1)
         if self.targets == []:
             raise TaperlitError("lora.targets names no linear map; leave it out to take all of the blocks'.")
 

@@ -1,12 +1,13 @@
 """Measurements that lie in a run's folder: what ``taperlit bench --json`` and ``taperlit report --measure`` write."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from taperlit.checkpoint.plain import check_fields, read_json
 from taperlit.errors import TaperlitError
 
 PATTERN = "bench*.json"
+MEND = "measure again"
 BEFORE_AND_AFTER = "bench_before_after.json"  # what --measure writes
 
 
@@ -35,11 +36,9 @@ def read_bench(path: Path) -> Bench:
     Raises:
         TaperlitError: it is none.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content.pop("rows")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise TaperlitError(f"{path} is not what `taperlit bench --json` writes; measure again.") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise TaperlitError(f"{path} has no rows of figures; measure again.")
+    content = read_json(path, MEND)
+    if not isinstance(content, dict) or "rows" not in content:
+        raise TaperlitError(f"{path} is not what `taperlit bench --json` writes; {MEND}.")
+    rows = content.pop("rows")
+    check_fields(rows, list[dict[str, Any]], path, "rows", MEND)
     return Bench(path, content, rows)

@@ -1,11 +1,9 @@
 """What folding did to a run's model, by the record in the folded folder."""
 
-import json
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-from taperlit.checkpoint.checksum import checksum_of
-from taperlit.errors import TaperlitError
+from taperlit.checkpoint.plain import check_fields
 from taperlit.structure import Structure
 
 
@@ -27,24 +25,10 @@ def read_fold(folder: Path) -> Fold:
     """Read the record of a folded model without its weights.
 
     Raises:
-        TaperlitError: there is none, it is another program's, or it was changed since it was written.
+        TaperlitError: as :func:`taperlit.checkpoint.folded.read_config`, or nothing was measured when it was folded.
     """
-    path = folder / "config.json"
-    again = "fold the checkpoint again"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        structure, model_class = config["structure"], config["model_class"]
-        if config["checksums"]["config.json"] != checksum_of(config):
-            raise TaperlitError(f"{path} is not as it was written, its checksum differs; {again}.")
-        fold = Fold(folder, str(model_class), cast(Structure, structure))
-        if not all(key in structure for key in Structure.__annotations__):
-            raise KeyError("structure")
-    except TaperlitError:
-        raise
-    except FileNotFoundError as error:
-        raise TaperlitError(f"{path} is missing; {again}.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TaperlitError(
-            f"{path} is no record of a folded model ({' '.join(str(error).split())}); {again}."
-        ) from error
-    return fold
+    from taperlit.checkpoint.folded import MEND, read_config  # here: it brings all that builds models
+
+    config = read_config(folder)
+    check_fields(config["structure"], Structure, folder / "config.json", "structure", MEND)
+    return Fold(folder, config["model_class"], config["structure"])

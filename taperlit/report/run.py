@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from taperlit.checkpoint.plain import damaged, read_text
 from taperlit.errors import TaperlitError
 from taperlit.report.locate import find_run
 from taperlit.report.phases import Phases, Zone, find_phases
@@ -14,6 +15,7 @@ from taperlit.report.traces import Points, read_traces
 
 CONFIGS = ("config.yaml", "config.resumed.yaml", "hparams.yaml")  # the last where the command line did not write one
 CHECKPOINTS = ("checkpoints/last.ckpt", "checkpoints/best.ckpt")
+MEND = "the page is without it"
 FOLDED = ("checkpoints/last-folded", "folded", "checkpoints/best-folded")
 
 
@@ -75,8 +77,8 @@ def read_run(path: str | Path) -> Run:
     """
     folder = find_run(path)
     traces = read_traces(folder)
-    configs = _read_configs(folder)
     problems: list[str] = []
+    configs = _read_configs(folder, problems)
     config = _parse(folder, configs, problems)
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).exists()), None)
     saved = None if checkpoint is None else _boundaries(checkpoint, problems)
@@ -95,11 +97,14 @@ def names_of(runs: Iterable[Run]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _read_configs(folder: Path) -> dict[str, str]:
+def _read_configs(folder: Path, problems: list[str]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for name in CONFIGS:
         if (path := folder / name).is_file() and not (name == CONFIGS[-1] and texts):
-            texts[name] = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                texts[name] = read_text(path, MEND)
+            except TaperlitError as error:
+                problems.append(str(error))
     return texts
 
 
@@ -107,8 +112,8 @@ def _parse(folder: Path, configs: dict[str, str], problems: list[str]) -> Mappin
     for name, text in reversed(configs.items()):
         try:
             config = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            problems.append(f"{folder / name} is no YAML: {' '.join(str(error).split())}")
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            problems.append(str(damaged(folder / name, error, MEND)))
             continue
         if isinstance(config, Mapping):
             return config

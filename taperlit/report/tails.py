@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from taperlit.checkpoint.plain import cannot_be_read, check_file
 from taperlit.errors import TaperlitError
 from taperlit.report.traces import Points
 
@@ -21,6 +22,7 @@ FIGURES = {  # as taperlit.metrics.TokenLossTails names them
 }
 BY_POSITION = "loss_at/"
 BLOCKS_AT_ONCE = 256
+MEND = "run it again"
 
 
 class Tails(NamedTuple):
@@ -91,11 +93,14 @@ def _sorted(source: str, figures: Mapping[str, float]) -> Tails:
 
 
 def _blocks(path: Path) -> Iterator[list[float]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield [float(value) for value in json.loads(line)["logprobs"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise TaperlitError(
-                    f"{path}, line {number}, is no block of `taperlit predict`; run it again."
-                ) from error
+    check_file(path, MEND)
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    # Not parse_json, which takes no NaN: a model that is not finite has predicted some.
+                    yield [float(value) for value in json.loads(line.decode("utf-8"))["logprobs"]]
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise TaperlitError(f"{path}, line {number}, is no block of `taperlit predict`; {MEND}.") from error
+    except OSError as error:
+        raise cannot_be_read(path, error, MEND) from error

@@ -22,7 +22,7 @@ from taperlit.errors import TaperlitError
 from taperlit.hub.causal_lm import CausalLM
 from taperlit.hub.lora import Lora
 from taperlit.norm import plain_name
-from taperlit.ranges import require_range
+from taperlit.ranges import require_range, require_steps
 from taperlit.schedule import resolve_steps
 from taperlit.training import optimizer as adamw
 from taperlit.training.lightning_compat import should_log
@@ -98,6 +98,7 @@ class LanguageModel(L.LightningModule):
         for i, beta in enumerate(betas):
             require_range(f"model.betas[{i}]", beta, least=0, below=1)
         require_range("model.weight_decay", weight_decay, least=0)
+        require_steps("model.warmup", warmup)
         require_range("model.min_lr_ratio", min_lr_ratio, least=0, most=1)
         self.save_hyperparameters()
         self.hparams.lora = None if lora is None else asdict(lora)  # a checkpoint holds plain data alone
@@ -134,17 +135,25 @@ class LanguageModel(L.LightningModule):
         """Check that data and model belong together.
 
         Raises:
-            TaperlitError: the tokenizer or the blocks are larger than the model.
+            TaperlitError: the tokenizer's ids or the blocks are larger than the model's.
         """
         keep_buffers_float32(self.trainer)
         data = self.trainer.datamodule
         vocab_size, block_size = getattr(data, "vocab_size", 0), getattr(data, "block_size", 0)
         if isinstance(self.source, Pretrained):
             self._check_own_tokenizer(self.source, getattr(data, "tokenizer_json", None))
+            largest = vocab_size - 1
+            if largest >= self.vocab_size:  # as of a token for padding that was added later, and that no text has
+                largest = getattr(data, "largest_token", largest)
+            if largest >= self.vocab_size:
+                raise TaperlitError(
+                    f"The data has the token id {largest}, and the weights of {self.source.name} are for the ids up to "
+                    f"{self.vocab_size - 1}; leave the text with that token out of the data, or use another model."
+                )
         elif vocab_size > self.vocab_size:
             raise TaperlitError(
-                f"The tokenizer has {vocab_size} tokens and the model {self.vocab_size}; "
-                f"set model.overrides.vocab_size to {vocab_size}."
+                f"The tokenizer's ids go up to {vocab_size - 1} and the model's to {self.vocab_size - 1}; set "
+                f"model.overrides.vocab_size to {vocab_size}."
             )
         if block_size > self.block_size:
             mend = "lower data.block_size" if isinstance(self.source, Pretrained) else "set model.overrides.block_size"

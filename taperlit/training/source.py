@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from taperlit.checkpoint.sizes import check_memory
 from taperlit.errors import TaperlitError
 from taperlit.hub.causal_lm import CausalLM, sizes_of
 from taperlit.hub.load import build_pretrained, load_pretrained, read_origin, tokenizer_json_of
@@ -28,7 +29,12 @@ class Preset:
         return self.config.vocab_size, self.config.block_size
 
     def load(self) -> Transformer:
-        """The model a run starts with: new weights."""
+        """The model a run starts with: new weights.
+
+        Raises:
+            TaperlitError: they are more than the memory.
+        """
+        check_memory(self.config)
         return Transformer(self.config)
 
     def build(self) -> Transformer:

@@ -23,6 +23,7 @@ from taperlit.training.lightning_compat import (
     dump_checkpoint,
     writes_one_file,
 )
+from taperlit.training.trainer_numbers import check_numbers
 
 
 class RunCheckpointIO(TorchCheckpointIO):
@@ -52,9 +53,13 @@ class Trainer(L.Trainer):
     Args:
         *args: those of :class:`lightning.Trainer`.
         **kwargs: those of :class:`lightning.Trainer`.
+
+    Raises:
+        TaperlitError: a number out of its range that Lightning would take, as a ``gradient_clip_val`` below 0.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_numbers(kwargs)
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = RunCheckpointIO()

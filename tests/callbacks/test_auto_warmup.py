@@ -6,7 +6,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from processes import Leave
+from processes import on_two
 from toy import Moments, Stop, Toy, fit, rows, same, scalars, state_of
 
 from taperlit import AlignmentFreeze, FirstPosition, GateHold, GateSchedule, ScaleAnchor, ShrinkMassive
@@ -180,9 +180,9 @@ def test_words_and_numbers_that_are_none_are_refused(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"least": 6, "latest": 5}, "takes 6 steps at least and 5 at most; raise latest"),
-        ({"latest": 8, "end": 8}, "ends at step 8, not after its warm-up of 8; raise end"),
-        ({"latest": 13}, "latest is 13 steps, longer than the run"),
+        ({"least": 0.5, "latest": 5}, "takes 6 steps at least and 5 at most; raise latest"),
+        ({"latest": 0.7, "end": 8}, "ends at step 8, not after its warm-up of 8; raise end"),
+        ({"latest": 13, "end": 0.9}, "latest is 13 steps, longer than the run"),
         ({"least": 0}, "no steps to gather statistics"),
     ],
 )
@@ -236,8 +236,7 @@ def test_two_processes_begin_together_and_as_one(tmp_path):
 
     fit(tmp_path, one, *auto(), **options)
     assert 4 < sum(g == 1 for g in one.gates) < 16
-    fit(tmp_path, two, *auto(), Kept(), Leave(), **options, devices=2, strategy="ddp_spawn",
-        use_distributed_sampler=False)  # fmt: skip
+    fit(tmp_path, two, *auto(), Kept(), **options, **on_two())
     gates = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert gates[0] == gates[1] == one.gates
     assert scalars(two) == pytest.approx(scalars(one), rel=1e-5)

@@ -7,7 +7,7 @@ import statistics
 import lightning as L
 import pytest
 import torch
-from processes import Leave
+from processes import on_two
 from toy import Stop, Toy, fit, rows, same, state_of
 
 from taperlit import AlignmentFreeze, FirstPosition, GateHold, GateSchedule, ScaleAnchor, taper
@@ -397,7 +397,7 @@ class Kept(L.Callback):
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1e3, math.nan])
 def test_what_one_process_sees_holds_the_gate_of_both(tmp_path, times):
-    run(tmp_path, ShakenOnOne(at={17, 18, 19}, times=times), Kept(), Leave(), devices=2, strategy="ddp_spawn")
+    run(tmp_path, ShakenOnOne(at={17, 18, 19}, times=times), Kept(), **on_two())
     (gates, events), other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert [gates, events] == other
     expected = [17, 19, 20] if times == 1e3 else [17, 18, 19, 20]

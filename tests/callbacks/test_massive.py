@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from processes import Leave
+from processes import on_two
 from torch import nn
 from toy import Stop, fit, same, state_of
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(TaperlitError, match=r"ShrinkMassive\.multiple is 0\.5"):
         ShrinkMassive(multiple=0.5)
     with pytest.raises(TaperlitError, match="ends at step 2 and begins after step 2; raise end"):
-        fit(tmp_path, Blocks(), *callbacks(end=2))
+        fit(tmp_path, Blocks(), *callbacks(end=0.2))
     with pytest.raises(TaperlitError, match=r"ends at step 7, and the gate begins to fall after step 6: lower"):
         fit(tmp_path, Blocks(), *callbacks(end=7))
     frozen = Blocks()
@@ -203,8 +203,7 @@ def test_what_cannot_be_is_refused(tmp_path):
 def test_two_processes_are_one(tmp_path):
     one, two = Blocks(), Blocks()
     fit(tmp_path, one, *callbacks())
-    options = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
-    fit(tmp_path, two, *callbacks(), Leave(), **options)
+    fit(tmp_path, two, *callbacks(), **on_two())
     # The median of two halves' medians is not the whole's, so the factors differ by that.
     ratio = (two.columns(0)[0, [3, 20]] / one.columns(0)[0, [3, 20]]).detach()
     torch.testing.assert_close(ratio[0], ratio[1])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.plugins import MixedPrecision
-from processes import Leave, scalars
+from processes import on_two, scalars
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toy import Toy, fit, rows
@@ -315,8 +315,7 @@ def test_two_processes_are_one_and_one_may_have_nothing_to_add(tmp_path):
         return {tag: dict(values) for tag, values in scalars(tmp_path / name / "run").items()}
 
     one = traces("one")
-    strategy = "ddp_spawn_find_unused_parameters_true"
-    two = traces("two", Leave(), devices=2, strategy=strategy, use_distributed_sampler=False)
+    two = traces("two", **on_two(find_unused_parameters=True))
     assert len(one[TRACE]) == 12
     assert two[TRACE] == pytest.approx(one[TRACE], rel=1e-3)
     assert two["taper/pre_logit_rms"] == pytest.approx(one["taper/pre_logit_rms"], rel=1e-3)

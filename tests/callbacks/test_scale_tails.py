@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from processes import Leave
+from processes import on_two
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Toy, fit, rows
@@ -176,8 +176,7 @@ def test_two_processes_are_one(tmp_path):
         return [GateSchedule(2, 4), AlignmentFreeze(), TaperMonitor(every=1, residual="head")]
 
     one = traces(tmp_path, Dealt(), *callbacks(), name="one", steps=6)
-    options = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
-    two = traces(tmp_path, Dealt(), *callbacks(), Leave(), name="two", steps=6, **options)
+    two = traces(tmp_path, Dealt(), *callbacks(), name="two", steps=6, **on_two())
     largest = [{step: {t: v for t, v in f.items() if "p999" not in t} for step, f in run.items()} for run in (one, two)]
     for step, figures in largest[0].items():
         assert largest[1][step] == pytest.approx(figures, rel=1e-4)

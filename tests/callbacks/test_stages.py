@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from processes import Leave
+from processes import on_two
 from torch import nn
 from toy import Moments, Stop, Toy, fit, rows, same, scalars, state_of
 
@@ -352,7 +352,7 @@ def test_two_processes_are_one(tmp_path):
         return [GateSchedule(WARMUP, END, stages="depth"), AlignmentFreeze(ema_rate=0.3)]
 
     fit(tmp_path, one, *callbacks())
-    fit(tmp_path, two, *callbacks(), Leave(), devices=2, strategy="ddp_spawn", use_distributed_sampler=False)
+    fit(tmp_path, two, *callbacks(), **on_two())
     assert scalars(two) == pytest.approx(scalars(one), rel=1e-5)
     state = {key: value for key, value in state_of(one).items() if not key.endswith(".stage")}
     for name, value in state.items():

@@ -5,7 +5,7 @@ import csv
 import lightning as L
 import pytest
 import torch
-from processes import Leave
+from processes import on_two
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toy import Stop, Toy, fit, same, state_of
@@ -329,9 +329,9 @@ def test_compiled_blocks_give_the_same_and_share_their_graphs(tmp_path):
 def test_two_processes(tmp_path, random_every):
     """On one process that sees both batches the penalty is the mean; each process has random tokens of its own."""
     one, two = Dealt(), Dealt()
-    for model, options, extra in ((one, {}, []), (two, {"devices": 2, "strategy": "ddp_spawn"}, [Leave()])):
+    for model, options in ((one, {"use_distributed_sampler": False}), (two, on_two())):
         penalty = TailPenalty(multiple=1.2, ema_rate=0.3, random_every=random_every, model="net")
-        fit(tmp_path, model, *gated(), penalty, *extra, steps=8, use_distributed_sampler=False, **options)
+        fit(tmp_path, model, *gated(), penalty, steps=8, **options)
     assert state_of(two).keys() == state_of(one).keys()
     if random_every is None:
         for name, value in state_of(one).items():

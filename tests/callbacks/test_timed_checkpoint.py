@@ -212,7 +212,7 @@ def test_never_and_nonsense(tmp_path):
         run(tmp_path, Fail(3), minutes=None)
     assert not (tmp_path / "checkpoints").exists()
     for minutes in (0, -1.0, float("nan")):
-        with pytest.raises(TaperlitError, match="must be positive"):
+        with pytest.raises(TaperlitError, match="must be above 0: null is never"):
             RunCheckpoint(minutes=minutes)
 
 

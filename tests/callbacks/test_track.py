@@ -5,7 +5,7 @@ import itertools
 import lightning as L
 import pytest
 import torch
-from processes import Leave
+from processes import on_two
 from sequences import Sequences
 from torch import nn
 from toy import Moments, Stop, Toy, fit, rows, same, scalars, state_of
@@ -287,8 +287,7 @@ def test_two_processes_track_as_one(tmp_path, accumulate):
 
     options = {"accumulate_grad_batches": accumulate}
     fit(tmp_path, one, *callbacks(), **options)
-    options |= {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
-    fit(tmp_path, two, *callbacks(), Leave(), **options)
+    fit(tmp_path, two, *callbacks(), **options, **on_two())
     assert scalars(two) == pytest.approx(scalars(one), rel=1e-5)
     for name, value in state_of(one).items():
         torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from processes import Leave
+from processes import on_two
 from torch import nn
 from toy import Toy, fit, rows, scalars, state_of
 
@@ -32,18 +32,13 @@ class Dealt(Toy):
         return torch.utils.data.DataLoader(share, batch_size=8 // self.trainer.world_size)
 
 
-def pair(tmp_path, model, *callbacks, strategy="ddp_spawn", **options):
-    options |= {"devices": 2, "strategy": strategy, "use_distributed_sampler": False}
-    fit(tmp_path, model, *callbacks, Leave(), **options)
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_are_one(tmp_path, accumulate):
     one, two = Dealt(), Dealt()
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     fit(tmp_path / "one", one, *callbacks(tmp_path / "one"), accumulate_grad_batches=accumulate)
-    pair(tmp_path / "two", two, *callbacks(tmp_path / "two"), accumulate_grad_batches=accumulate)
+    fit(tmp_path / "two", two, *callbacks(tmp_path / "two"), accumulate_grad_batches=accumulate, **on_two())
     assert scalars(two) == pytest.approx(scalars(one), rel=1e-5)
     for name, value in state_of(one).items():
         torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-4, atol=1e-5)
@@ -62,7 +57,7 @@ class BadOnOne(Dealt):
 
 def test_what_one_process_meets_stops_both_with_one_line(tmp_path):
     with pytest.raises(Exception, match=r"TaperlitError: step 6 .*the loss is not finite; it began in embed\."):
-        pair(tmp_path, BadOnOne(), GateSchedule(4, 8), AlignmentFreeze(), ScaleAnchor("head"), FiniteGuard())
+        fit(tmp_path, BadOnOne(), GateSchedule(4, 8), AlignmentFreeze(), ScaleAnchor("head"), FiniteGuard(), **on_two())
 
 
 class Kept(L.Callback):
@@ -89,7 +84,7 @@ class Sometimes(Dealt):
 def test_an_anchored_module_that_runs_on_one_process(tmp_path):
     model = Sometimes()
     run = [GateSchedule(4, 8), AlignmentFreeze(), ScaleAnchor("side", weight=0.1), FiniteGuard(), Kept()]
-    pair(tmp_path, model, *run, strategy="ddp_spawn_find_unused_parameters_true")
+    fit(tmp_path, model, *run, **on_two(find_unused_parameters=True))
     target, skipped = torch.load(tmp_path / "kept.pt")
     assert target.isfinite()
     assert skipped == 0
@@ -98,6 +93,6 @@ def test_an_anchored_module_that_runs_on_one_process(tmp_path):
 def test_a_step_that_one_process_spoils_is_left_out_on_both(tmp_path):
     model = BadOnOne()
     run = [GateSchedule(4, 8), AlignmentFreeze(), ScaleAnchor("head"), FiniteGuard(skip=True), Kept()]
-    pair(tmp_path, model, *run)
+    fit(tmp_path, model, *run, **on_two())
     assert torch.load(tmp_path / "kept.pt")[1] == 1
     assert all(value.isfinite().all() for value in state_of(model).values())

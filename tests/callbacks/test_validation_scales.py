@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from processes import Leave
+from processes import on_two
 from torch import nn
 from torch.utils.data import DataLoader
 from toy import trainer
@@ -128,10 +128,7 @@ class Keep(L.Callback):
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     found = []
-    for devices, extra in ((1, []), (2, [Leave()])):
-        options = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False} if devices == 2 else {}
-        trainer(tmp_path, LossTails(), Keep(), *extra, limit_val_batches=1.0, **options).validate(
-            Shared(), verbose=False
-        )
+    for options in ({}, on_two()):
+        trainer(tmp_path, LossTails(), Keep(), limit_val_batches=1.0, **options).validate(Shared(), verbose=False)
         found.append(torch.load(tmp_path / "metrics.pt"))
     assert found[1]["val/scale_max"].item() == pytest.approx(found[0]["val/scale_max"].item(), rel=1e-6)

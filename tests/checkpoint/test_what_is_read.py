@@ -238,7 +238,8 @@ def test_a_shape_that_is_not_the_weights_is_refused_before_it_is_built(
         (lambda c: c.update(colour=1), "it.colour is no field of it"),
         (lambda c: c["checksums"].pop("model.safetensors"), "checksums.model.safetensors is missing"),
         (lambda c: c["checksums"].pop("tokenizer.json"), "checksums.tokenizer.json is missing"),
-        (lambda c: c.update(checksums={"config.json": 0}), "checksums.model.safetensors is missing"),
+        (lambda c: c.update(checksums={}), "checksums.config.json is missing"),
+        (lambda c: c.update(checksums={"config.json": 0}), r"config.json is damaged \(its checksum differs"),
         (lambda c: c["checksums"].update({"../../secret": 1}), r"checksums.\.\./\.\./secret is of no file of ours"),
     ],
 )

@@ -167,11 +167,20 @@ def test_a_checkpoint_with_its_norms_has_nothing_to_export(tiny, checkpoint, cap
 
 
 def test_figures_that_are_none(folded, tmp_path, capsys):
-    (tmp_path / "figures.json").write_text('{"loss": "small"}')
-    for name in ("figures.json", "none.json"):
-        command = ["export", "--to=transformers", "--model", str(folded), f"--results={tmp_path / name}"]
-        assert main(command) == 1
-        assert capsys.readouterr().err.startswith(f"taperlit: error: --results {tmp_path / name} ")
+    figures = tmp_path / "figures.json"
+    for text, words in (
+        ('{"loss": "small"}', ": it.loss is 'small', not a finite number; "),
+        ('{"loss": 1e999}', ": it.loss is inf, not a finite number; "),
+        ('{"loss": NaN}', " is damaged (NaN is no number of JSON); "),
+        ("[3]", ": it is a list of 1, not a dictionary; "),
+        ("{", " is damaged (Expecting property name"),
+        (None, " is missing; "),
+    ):
+        figures.unlink(missing_ok=True) if text is None else figures.write_text(text)
+        assert main(["export", "--to=transformers", "--model", str(folded), f"--results={figures}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"taperlit: error: {figures}{words}")
+        assert line.endswith('give --results a JSON object of numbers, such as {"loss before": 3.01}.')
     assert main(["export", "--to=onnx", "--model", str(folded), "--results=figures.json"]) == 1
     assert "is for the model card of --to transformers" in capsys.readouterr().err
 

@@ -46,7 +46,11 @@ def test_a_full_disk_leaves_no_half_of_a_folded_model(tiny, tmp_path):
     assert (write_folded(tmp_path / "folded", model, structure) / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00ckpt", b"ckpt: \x00", b"[1, 2]", b"ckpt: [", b"nothing: 1"])
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00ckpt", b"ckpt: \x00", b"[1, 2]", b"ckpt: [", b"nothing: 1", b"ckpt: " + b"[" * 20_000],
+    ids=["bytes", "null", "list", "open", "unknown", "deep"],
+)
 def test_a_config_that_is_none_is_one_line(tmp_path, capsys, content):
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(SystemExit) as exit:

@@ -13,20 +13,25 @@ from taperlit import (
     BoundedWrites,
     FakeLNSchedule,
     FiniteGuard,
+    FirstPosition,
     GateHold,
     GateSchedule,
     LanguageModel,
+    LearningRateDip,
     LossTails,
+    RunCheckpoint,
     ScaleAnchor,
     ShrinkMassive,
     TailPenalty,
     TaperMonitor,
     TextDataModule,
+    Trainer,
 )
 from taperlit.callbacks import StepProgressBar, TokenThroughput
 from taperlit.cli import main
-from taperlit.cli.trainer_options import RANGES, check_options
+from taperlit.cli.trainer_options import check_options
 from taperlit.errors import TaperlitError
+from taperlit.training.trainer_numbers import RANGES, check_numbers
 
 NAN, INF = math.nan, math.inf
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -35,6 +40,7 @@ WRONG = [
     (LanguageModel, MODEL, "model.lr", "lr", [0.0, -1e-3, NAN, INF]),
     (LanguageModel, MODEL, "model.betas[0]", "betas", [(-0.1, 0.9), (1.0, 0.9), (NAN, 0.9)]),
     (LanguageModel, MODEL, "model.betas[1]", "betas", [(0.9, 1.5), (0.9, -1.0)]),
+    (LanguageModel, MODEL, "model.warmup", "warmup", [-1, -0.5, 1.5, NAN]),
     (LanguageModel, MODEL, "model.weight_decay", "weight_decay", [-1.0, NAN]),
     (LanguageModel, MODEL, "model.min_lr_ratio", "min_lr_ratio", [-0.1, 1.1, NAN]),
     (LanguageModel, MODEL, "model.chunk_tokens", "chunk_tokens", [0]),
@@ -49,24 +55,48 @@ WRONG = [
     (TextDataModule, {}, "data.seed", "seed", [-1, 2**32]),
     (AlignmentFreeze, {}, "AlignmentFreeze.ema_rate", "ema_rate", [0.0, 1.5, NAN]),
     (AlignmentFreeze, {}, "AlignmentFreeze.track", "track", [-0.1, 1.0, NAN]),
+    (AlignmentFreeze, {}, "AlignmentFreeze.at", "at", [0, 0.0, 1.5]),
+    (AlignmentFreeze, {}, "AlignmentFreeze.skip", "skip", [-1]),
+    (BoundedWrites, {}, "BoundedWrites.at", "at", [0, 0.0, 1.5]),
     (BoundedWrites, {}, "BoundedWrites.multiple", "multiple", [1.0, NAN, INF]),
     (FakeLNSchedule, {}, "FakeLNSchedule.aux_weight", "aux_weight", [-1.0, NAN]),
     (FakeLNSchedule, {}, "FakeLNSchedule.end_of_text", "end_of_text", [-1]),
-    (FiniteGuard, {}, "FiniteGuard.patience", "patience", [0]),
+    (FakeLNSchedule, {}, "FakeLNSchedule.start", "start", [1, -0.1, 1.1, NAN]),
+    (FakeLNSchedule, {}, "FakeLNSchedule.mlp", "mlp", [-1, 1.5]),
+    (FakeLNSchedule, {}, "FakeLNSchedule.qk", "qk", [-1, INF]),
+    (FakeLNSchedule, {}, "FakeLNSchedule.v", "v", [-1, NAN]),
+    (FakeLNSchedule, {}, "FakeLNSchedule.final", "final", [-1, 1.5]),
+    (FiniteGuard, {}, "FiniteGuard.patience", "patience", [0, NAN]),
+    (FirstPosition, {}, "FirstPosition.end", "end", [0, -3, 0.0, 1.5, NAN]),
     (GateHold, {}, "GateHold.band", "band", [0.0, NAN]),
     (GateHold, {}, "GateHold.far", "far", [1.0, NAN]),
     (GateHold, {}, "GateHold.window", "window", [3]),
     (GateHold, {}, "GateHold.patience", "patience", [0]),
+    (GateHold, {}, "GateHold.back", "back", [-1, -0.5, 1.5]),
+    (GateHold, {}, "GateHold.latest", "latest", [0, 1.5, NAN]),
     (GateSchedule, {}, "GateSchedule.settle", "settle", [0.0, NAN]),
+    (GateSchedule, {}, "GateSchedule.warmup", "warmup", [-1, -0.5, 1.5, NAN]),
+    (GateSchedule, {}, "GateSchedule.end", "end", [0, -1, 0.0, 1.5, NAN, 0.05]),  # the warm-up ends there
+    (GateSchedule, {"warmup": 7}, "GateSchedule.end", "end", [7]),
+    (GateSchedule, {"warmup": "auto"}, "GateSchedule.end", "end", [0.3]),  # it may last until there
+    (GateSchedule, {"warmup": "auto"}, "GateSchedule.least", "least", [-1, 1.5, NAN]),
+    (GateSchedule, {"warmup": "auto"}, "GateSchedule.latest", "latest", [-1, 1.5, NAN, 0.01]),
+    (LearningRateDip, {}, "LearningRateDip.factor", "factor", [-0.1, 1.0, NAN]),
+    (LearningRateDip, {}, "LearningRateDip.steps", "steps", [0, -0.1, 0.0, 1.5, INF, NAN]),
     (LossTails, {}, "LossTails.threshold", "threshold", [-1.0, NAN]),
     (ScaleAnchor, {"module": "x"}, "ScaleAnchor.weight", "weight", [-0.1, NAN]),
     (ScaleAnchor, {"module": "x"}, "ScaleAnchor.ema_rate", "ema_rate", [0.0, NAN]),
     (ScaleAnchor, {"module": "x"}, "ScaleAnchor.skip", "skip", [-1]),
+    (RunCheckpoint, {}, "RunCheckpoint.minutes", "minutes", [0, -1.0, NAN, INF]),
+    (ScaleAnchor, {"module": "x"}, "ScaleAnchor.at", "at", [0, -0.1, 1.5]),
     (ShrinkMassive, {}, "ShrinkMassive.multiple", "multiple", [0.5, NAN]),
+    (ShrinkMassive, {}, "ShrinkMassive.begin", "begin", [0, -0.1, 1.5]),
+    (ShrinkMassive, {}, "ShrinkMassive.end", "end", [2, 0.0, 1.5, NAN]),
     (StepProgressBar, {}, "StepProgressBar.refresh_rate", "refresh_rate", [0]),
     (TailPenalty, {}, "TailPenalty.weight", "weight", [-1.0, NAN]),
     (TailPenalty, {}, "TailPenalty.multiple", "multiple", [0.9, NAN]),
     (TailPenalty, {}, "TailPenalty.ema_rate", "ema_rate", [0.0, NAN]),
+    (TailPenalty, {}, "TailPenalty.start", "start", [-1, 1.5]),
     (TailPenalty, {}, "TailPenalty.random_every", "random_every", [0]),
     (TailPenalty, {}, "TailPenalty.random_sequences", "random_sequences", [0]),
     (TailPenalty, {}, "TailPenalty.vocab_size", "vocab_size", [0]),
@@ -86,8 +116,8 @@ def test_constructors_name_the_number_and_its_range(build, other, name, argument
         assert "; it must be " in str(error.value)
 
 
-def options(seed_everything=0, ckpt_path=None, **trainer):
-    return Namespace(trainer=Namespace(**trainer), seed_everything=seed_everything, ckpt_path=ckpt_path)
+def options(seed_everything=0, ckpt_path=None):
+    return Namespace(seed_everything=seed_everything, ckpt_path=ckpt_path)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +137,10 @@ def options(seed_everything=0, ckpt_path=None, **trainer):
 )
 def test_the_trainers_numbers(name, good, bad):
     for value in good:
-        check_options(options(**{name: value}))
+        check_numbers({name: value})
     for value in bad:
         with pytest.raises(TaperlitError, match=rf"^trainer\.{name} is {value}; it must be "):
-            check_options(options(**{name: value}))
+            Trainer(**{name: value})
 
 
 def test_the_trainer_has_these_options():
@@ -133,6 +163,10 @@ def test_seed_and_checkpoint():
         ("--seed_everything=4294967296", "seed_everything is 4294967296"),
         ("--model.lr=.nan", "model.lr is nan"),
         ("--taper.monitor.every=0", "TaperMonitor.every is 0"),
+        ("--model.warmup=-0.5", "model.warmup is -0.5"),
+        ("--taper.gate.warmup=-1", "GateSchedule.warmup is -1"),
+        ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps is 0"),
+        ("--taper.gate.end=0.2", "GateSchedule.end is 0.2"),  # where the config's warm-up ends
     ],
 )
 def test_the_command_line_says_it_in_one_line(capsys, option, said):

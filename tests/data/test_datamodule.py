@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from taperlit import LanguageModel, Trainer
 from taperlit.data import TextDataModule
 from taperlit.data import module as data_module
 from taperlit.data.loader import BlockSampler, ResumableLoader
@@ -239,6 +240,28 @@ def test_a_tokenizer_from_the_hub(monkeypatch):
     monkeypatch.setattr(Tokenizer, "from_pretrained", offline)
     with pytest.raises(TaperlitError, match="'gpt2' cannot be loaded: cannot reach the hub"):
         load_tokenizer("gpt2")
+
+
+def test_ids_with_gaps_need_a_model_for_the_largest(corpus, tmp_path):
+    text = json.loads(train_tokenizer(iter(["abc abd"]), 257).to_str())
+    vocab = text["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = 299
+    (tmp_path / "far.json").write_text(json.dumps(text))
+    data = build(corpus, tokenizer=str(tmp_path / "far.json"))
+    assert data.tokenizer.get_vocab_size() == 257
+    assert data.vocab_size == 300
+    assert data.largest_token == max(int(data._blocks[split].tokens.max()) for split in ("train", "val"))
+
+    def fit(vocab_size):
+        shape = dict(vocab_size=vocab_size, block_size=32, n_layer=1, n_head=2, d_model=16, d_ff=32)
+        trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                          enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+        trainer.fit(LanguageModel("small_1m", overrides=shape), data)
+
+    for vocab_size in (257, 299):
+        with pytest.raises(TaperlitError, match=f"ids go up to 299 and the model's to {vocab_size - 1}; set .* to 300"):
+            fit(vocab_size)
+    fit(300)
 
 
 def test_large_vocabularies_take_four_bytes(corpus, tmp_path, monkeypatch):

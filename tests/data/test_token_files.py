@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from taperlit.checkpoint.checksum import checksum_of
+from taperlit.checkpoint.checksum import checksum, checksum_of
 from taperlit.data.sources import Piece
 from taperlit.data.tokenizer import largest_id, load_tokenizer, parse_tokenizer, train_tokenizer
 from taperlit.data.tokens import check_tokens, read_meta, write_tokens
@@ -43,6 +43,19 @@ def test_a_description_with_a_right_checksum_and_a_wrong_field_is_told(cache, ch
     with pytest.raises(ValueError, match=r"meta\.json is not as it was written: ") as error:
         read_meta(cache)
     assert words in str(error.value)
+
+
+def test_a_token_that_its_tokenizer_has_not_is_told_though_the_checksums_are_right(cache):
+    check_tokens(cache)
+    meta = json.loads((cache / "meta.json").read_text())
+    tokens = np.fromfile(cache / "val.bin", dtype="<u2")
+    tokens[-1] = 257  # the first id that there is not
+    tokens.tofile(cache / "val.bin")
+    meta["checksums"]["val.bin"] = checksum(cache / "val.bin")
+    (cache / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"val\.bin has the token 257, and its tokenizer's largest is 256"):
+        check_tokens(cache)
+    check_tokens(cache, at_most=0)  # which leaves it at the sizes
 
 
 def test_a_small_file_is_checked_beside_large_ones(cache):

@@ -226,7 +226,8 @@ def test_damage_is_told(build, tmp_path):
         path = directory / name
         whole = path.read_bytes()
         path.write_bytes(whole.replace(b"32", b"33") if name == "config.json" else whole[:-1])
-        with pytest.raises(TaperlitError, match=f"{name} is damaged; export"):
+        words = r"it\.model\.dtype is 'float33', not 'float32'" if name == "config.json" else r"its checksum differs\)"
+        with pytest.raises(TaperlitError, match=rf"{name}.*{words}.*; export the model again\.$"):
             OnnxEngine(directory)
         path.unlink()
         with pytest.raises(TaperlitError, match=f"{name}"):
@@ -235,13 +236,28 @@ def test_damage_is_told(build, tmp_path):
     config = directory / "config.json"
     for text, words in (
         ("{", "is damaged"),
-        ("[]", "is damaged"),
+        ("[]", "no ONNX export"),
+        ('{"format": "taperlit-onnx-1", "format": ""}', "is damaged .it has the key 'format' twice"),
         ('{"format": "taperlit-folded-2"}', "no ONNX export"),
         ('{"format": "taperlit-onnx-0"}', "another version"),
-        ('{"format": "taperlit-onnx-1"}', "is damaged"),
+        ('{"format": "taperlit-onnx-1"}', "it.model is missing; export the model again"),
     ):
         config.write_text(text)
         with pytest.raises(TaperlitError, match=words):
+            OnnxEngine(directory)
+    for change, words in (
+        (lambda c: c["model"].update(n_layer=True), "it.model.n_layer is True, not an integer"),
+        (lambda c: c["model"].update(n_layer=0), "it.model.n_layer is 0, and must be at least 1"),
+        (lambda c: c["model"].update(n_layer=3), r"is damaged \(its checksum differs"),
+        (lambda c: c["model"].pop("d_head"), "it.model.d_head is missing"),
+        (lambda c: c["checksums"].pop("model.onnx"), "checksums.model.onnx is missing"),
+        (lambda c: c["checksums"].update({"../x": 1}), r"checksums\.\.\./x is of no file beside it"),
+        (lambda c: c["checksums"].update({"x": 1}), r"x is missing"),
+    ):
+        changed = json.loads(whole)
+        change(changed)
+        config.write_text(json.dumps(changed))
+        with pytest.raises(TaperlitError, match=rf"{words}.*; export the model again\.$"):
             OnnxEngine(directory)
     with pytest.raises(TaperlitError, match=r"has no config.json"):
         OnnxEngine(config)

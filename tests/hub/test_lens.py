@@ -141,10 +141,18 @@ def test_what_is_not_the_models_own_is_refused(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_unreadable_directories(tiny, tmp_path):
-    with pytest.raises(TaperlitError, match=r"cannot be read .*; export it again"):
+    with pytest.raises(TaperlitError, match=r"config\.json is missing; export it again"):
         load_hooked(tmp_path)
     out = export_lens(folded(tiny(["*"])), tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
+    for damage, words in (
+        ({"hooked": None}, r"config\.json: hooked is None, not a dictionary; export it again"),
+        ({"format": "x"}, "was not written by"),
+        ({"hooked": {"n_layers": 2, "colour": 1}}, r"config\.json is damaged \(.*colour.*\); export it again"),
+    ):
+        (out / "config.json").write_text(json.dumps({**config, **damage}))
+        with pytest.raises(TaperlitError, match=words):
+            load_hooked(out)
     config["hooked"]["n_layers"] = 3
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(TaperlitError, match=r"is not what its config says \(blocks.2"):

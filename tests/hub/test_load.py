@@ -91,7 +91,9 @@ def test_shards_and_half_precision_are_read_as_float32(tmp_path):
     next(folder.glob("model-00002*")).unlink()
     refused(folder, "m has no model-00002-of-.*, which its model.safetensors.index.json names; download")
     (folder / "model.safetensors.index.json").write_text("{")
-    refused(folder, r"m: model\.safetensors\.index\.json is damaged")
+    refused(folder, r"m/model\.safetensors\.index\.json is damaged .*; download it again\.$")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 3}}')
+    refused(folder, r"index\.json: weight_map\.lm_head\.weight is 3, not a text; download it again\.$")
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["f32", "f16"])
@@ -352,7 +354,9 @@ def test_what_is_no_causal_language_model_is_refused(folder, tmp_path):
     change_config(folder, format="taperlit-folded-2")
     refused(folder, "is a folded model of taperlit")
     (folder / "config.json").write_text("{")
-    refused(folder, "some-llama: config.json is damaged: it is not a JSON object")
+    refused(folder, "some-llama: config.json is damaged: it is not a JSON object; download it again")
+    (folder / "config.json").write_bytes(b"\xff")
+    refused(folder, r"some-llama/config\.json is damaged \('utf-8' codec .*\); download it again\.$")
     (folder / "config.json").unlink()
     refused(folder, "has no config.json, so it is no pretrained model's folder")
     refused(folder / "tokenizer.json", "tokenizer.json is a file, but not a .gguf")

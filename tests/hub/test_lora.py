@@ -148,9 +148,9 @@ def test_our_own_transformer_takes_adapters_too(tiny):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"alpha": 0.0}, "alpha must be more than 0"),
-        ({"dropout": 1.0}, "dropout must be at least 0 and less than 1"),
+        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"alpha": 0.0}, "alpha is 0.0; it must be above 0"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
         ({"targets": []}, "targets names no linear map"),
     ],
 )

@@ -3,13 +3,17 @@
 import os
 import signal
 import time
+from pathlib import Path
 
+import lightning as L
 import pytest
 from filelock import FileLock
+from lightning.pytorch.loggers import TensorBoardLogger
 from processes import Run, fit_args
 from small import error_of, fit, fit_command, versions
 
-from taperlit.cli.claim import LOCK
+from taperlit.cli.claim import LOCK, claimed_folder
+from taperlit.errors import TaperlitError
 
 
 @pytest.fixture
@@ -60,7 +64,39 @@ def test_a_killed_run_leaves_no_lock(tmp_path, corpus):
 
 def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path, capsys):
     assert "no file matches" in error_of(capsys, *fit_command(tmp_path, str(tmp_path / "nothing/*")))
-    assert not (tmp_path / "runs/run/version_0").exists()
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()
+    assert "no file matches" in error_of(capsys, *fit_command(tmp_path, str(tmp_path / "nothing/*")))
+    assert list((tmp_path / "runs").iterdir()) == []  # which was there before, and stays
+
+
+def claim(root, version=None):
+    logger = TensorBoardLogger(str(root), name="a/b", version=version)
+    trainer = L.Trainer(logger=logger, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    return logger, claimed_folder(trainer)
+
+
+@pytest.mark.parametrize("there", ["", "runs", "runs/a", "runs/a/b", "runs/a/b/version_7"])
+def test_only_folders_that_the_run_made_go_and_only_where_they_are_empty(tmp_path, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    logger, held = claim(tmp_path / "runs", version=7 if there.endswith("7") else None)
+    with held:
+        assert (Path(logger.log_dir) / LOCK).exists()
+    assert sorted(tmp_path.rglob("*")) == before
+    logger, held = claim(tmp_path / "runs")
+    with held:
+        (Path(logger.log_dir).parent / "kept").touch()
+    assert (tmp_path / "runs/a/b/kept").exists()
+    assert not Path(logger.log_dir).exists()
+
+
+def test_a_file_in_the_folders_place_is_told_and_nothing_is_left(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/a").touch()
+    with pytest.raises(TaperlitError, match=r"runs/a.* cannot be written: "), claim(tmp_path / "runs")[1]:
+        pass
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "runs", tmp_path / "runs/a"]
 
 
 @pytest.mark.parametrize("option", ["version=../../x", "sub_dir=../../../x"])

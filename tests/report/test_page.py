@@ -13,6 +13,7 @@ import torch
 from written import CONFIG, STEPS, Page, a_taper, csv_run, tensorboard_run
 
 import taperlit.report
+from taperlit.checkpoint.checksum import checksum_of
 from taperlit.checkpoint.folded import write_folded
 from taperlit.cli import main
 from taperlit.folding import fold
@@ -147,10 +148,21 @@ def test_the_fold_is_told_from_its_record(tmp_path, report, tiny):
     record["structure"]["difference"] = 0.0
     (run / "folded/config.json").write_text(json.dumps(record))
     page, _ = report(run)
-    assert "is not as it was written, its checksum differs" in page.words
-    (run / "folded/config.json").write_text("{}")
+    assert "config.json is damaged (its checksum differs); fold the checkpoint again." in page.words
+    damage = {"{}": "is not of a folded model", "{": "is damaged (", '{"format": 1, "format": 1}': "'format' twice"}
+    for text, words in damage.items():
+        (run / "folded/config.json").write_text(text)
+        page, _ = report(run)
+        assert words in page.words
+    record["structure"]["identities"] = {"blocks.0.mlp_norm": [7]}
+    (run / "folded/config.json").write_text(json.dumps(record))
     page, _ = report(run)
-    assert "is no record of a folded model" in page.words
+    assert "it.structure.identities.blocks.0.mlp_norm[0] is 7, not a text; fold the checkpoint again." in page.words
+    del record["structure"]["difference"], record["structure"]["identities"]["blocks.0.mlp_norm"]
+    record["checksums"]["config.json"] = checksum_of(record)
+    (run / "folded/config.json").write_text(json.dumps(record))
+    page, _ = report(run)
+    assert "structure.difference is missing; fold the checkpoint again." in page.words
 
 
 def test_measurements_in_the_folder_are_on_the_page(tmp_path, report):
@@ -173,6 +185,14 @@ def test_measurements_in_the_folder_are_on_the_page(tmp_path, report):
     ):
         assert words in page.words
     assert "bench_broken.json is not what `taperlit bench --json` writes" in page.words
+    (run / "bench_broken.json").write_text('{"rows": [3]}')
+    (run / "config.yaml").write_bytes(b"model: \xff")
+    page, _ = report(run)
+    assert "bench_broken.json: rows[0] is 3, not a dictionary; measure again." in page.words
+    assert "config.yaml is damaged ('utf-8' codec" in page.words
+    (run / "config.yaml").write_text("model: " + "[" * 20_000)
+    page, _ = report(run)
+    assert "config.yaml is damaged (maximum recursion depth" in page.words
 
 
 def test_the_tails_are_those_of_the_losses(tmp_path, report):

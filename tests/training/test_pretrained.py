@@ -121,6 +121,19 @@ def test_other_tokens_than_the_models_own_are_refused(tmp_path, data):
         trainer.fit(module, TextDataModule(tokenizer=str(tmp_path / "other.json"), **data))
 
 
+def test_a_token_that_the_weights_have_not_is_refused_where_the_data_has_it(tmp_path, data):
+    folder = saved("gpt2", tmp_path / "gpt2")
+    more = tokenizer()
+    more.add_tokens(["another"])  # 300, as one for padding that was added to the tokenizer alone
+    more.save(str(folder / "tokenizer.json"))
+    fit(folder, tmp_path, data)  # no text has it
+    (tmp_path / "0.txt").write_text("another " * 200)
+    with pytest.raises(
+        TaperlitError, match=r"has the token id 300, and the weights of .*gpt2 are for the ids up to 299"
+    ):
+        fit(folder, tmp_path, data)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
