@@ -37,8 +37,9 @@ class TailPenalty(L.Callback):
     targets), or after ``start``, and to the end of the training, also when the gate is closed. Validation never
     contains it. The statistic costs a few elementwise operations and one reduction over ``d`` per module and step.
 
-    With ``random_every`` every so many steps add the same penalty of a forward pass on uniformly random token ids, of
-    the training's own length, without any language loss: folded models are worst on input that no text has. That pass
+    With ``random_every`` every so many steps add the same penalty of a forward pass on uniformly random token ids,
+    without any language loss: folded models are worst on input that no text has. Its sequences are short, for a first
+    token is the largest: what attention gives it is no average over others, and a batch of text has few. That pass
     is in eval mode and eager, and counts in nobody's statistics. Its tokens follow from ``seed``, the step and the
     process, and no generator is drawn from, so that a resumed run goes on as the unbroken one. Only one micro-batch of
     a step has it. Where its penalty is not finite it is left out with a warning.
@@ -57,6 +58,7 @@ class TailPenalty(L.Callback):
             gathered from the first step on.
         random_every: optimizer steps from one random pass to the next; None is never.
         random_sequences: how many sequences it has.
+        random_length: tokens of each, at most as many as the training's have.
         model: name of the module that is called with (B, T) token ids in training, by position or by name, and gives
             what the penalty needs when it is called with them alone; empty is the LightningModule itself.
         vocab_size: random ids are below it; None asks ``model``, its config or its embedding.
@@ -77,7 +79,8 @@ class TailPenalty(L.Callback):
         ema_rate: float = 0.01,
         start: int | float = 0,
         random_every: int | None = None,
-        random_sequences: int = 4,
+        random_sequences: int = 64,
+        random_length: int = 16,
         model: str = "model",
         vocab_size: int | None = None,
         seed: int = 0,
@@ -88,11 +91,13 @@ class TailPenalty(L.Callback):
         require_steps("TailPenalty.start", start)
         require_range("TailPenalty.random_every", random_every, least=1, mend="null is never")
         require_range("TailPenalty.random_sequences", random_sequences, least=1)
+        require_range("TailPenalty.random_length", random_length, least=1)
         require_range("TailPenalty.vocab_size", vocab_size, least=1)
         require_seed("TailPenalty.seed", seed)
         self.modules = [modules] if isinstance(modules, str) else modules
         self.residual, self.weight, self.multiple, self.ema_rate = residual, weight, multiple, ema_rate
-        self.start, self.random_every, self.random_sequences = start, random_every, random_sequences
+        self.start, self.random_every = start, random_every
+        self.random_sequences, self.random_length = random_sequences, random_length
         self.model, self.vocab_size, self.seed = model, vocab_size, seed
         self._undo: list[Callable[[], None]] = []
         self._forget()
@@ -244,7 +249,7 @@ class TailPenalty(L.Callback):
                 "ids, first or by name, and it was not; name the module that is with model=, or leave random_every out."
             )
         number = random.Random(f"{self.seed} {trainer.global_step} {data_rank(trainer)[0]}").getrandbits(32)
-        shape = (self.random_sequences, self._fed.length)
+        shape = (self.random_sequences, min(self.random_length, self._fed.length))
         tokens = torch.randint(self._vocab_size, shape, generator=torch.Generator().manual_seed(number))
         args, kwargs = self._fed.call(tokens)
         devices = [pl_module.device] if pl_module.device.type == "cuda" else []

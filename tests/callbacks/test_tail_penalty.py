@@ -178,9 +178,11 @@ def test_scales_below_the_multiple_change_nothing(tmp_path):
     assert same(state_of(plain), state_of(penalized))
 
 
-def test_the_random_pass_is_the_formula_on_tokens_of_its_own(tmp_path):
+@pytest.mark.parametrize(("random_length", "taken"), [(2, 2), (100, T)])
+def test_the_random_pass_is_the_formula_on_tokens_of_its_own(tmp_path, random_length, taken):
     added = Added()
-    penalty = TailPenalty(multiple=1.5, ema_rate=0.3, random_every=2, random_sequences=3, model="net")
+    random_options = dict(random_every=2, random_sequences=3, random_length=random_length)
+    penalty = TailPenalty(multiple=1.5, ema_rate=0.3, **random_options, model="net")
     fit(tmp_path, Words(), *gated(), penalty, added, steps=7, accumulate_grad_batches=2)
     wanted, random = expected(added, 0.3, 1.5, [(2 * k, 2 * k + 1) for k in range(7)])
     assert [b for b, value in enumerate(random) if value is not None] == [
@@ -190,7 +192,7 @@ def test_the_random_pass_is_the_formula_on_tokens_of_its_own(tmp_path):
     ]  # the first batches of steps 2, 4, 6
     total = [a + 2 * (b or 0) for a, b in zip(wanted, random, strict=True)]
     assert added.added == pytest.approx(total, rel=1e-3, abs=2e-5)
-    assert [tuple(tokens.shape) for tokens in added.tokens] == [(3, T)] * 3
+    assert [tuple(tokens.shape) for tokens in added.tokens] == [(3, taken)] * 3
     assert not torch.equal(added.tokens[0], added.tokens[1])
     assert 0 <= min(t.min() for t in added.tokens) <= max(t.max() for t in added.tokens) < VOCAB
     assert max(random[b] for b in (4, 8, 12)) > 0.01

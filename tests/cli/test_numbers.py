@@ -99,6 +99,7 @@ WRONG = [
     (TailPenalty, {}, "TailPenalty.start", "start", [-1, 1.5]),
     (TailPenalty, {}, "TailPenalty.random_every", "random_every", [0]),
     (TailPenalty, {}, "TailPenalty.random_sequences", "random_sequences", [0]),
+    (TailPenalty, {}, "TailPenalty.random_length", "random_length", [0]),
     (TailPenalty, {}, "TailPenalty.vocab_size", "vocab_size", [0]),
     (TailPenalty, {}, "TailPenalty.seed", "seed", [-1]),
     (TaperMonitor, {}, "TaperMonitor.every", "every", [0]),
