@@ -455,6 +455,13 @@ def test_an_idea_that_changes_the_model_has_its_own_baseline(monkeypatch):
     assert row[7] == f"{told[3].loss / told[0].loss - 1:+.2%}{tables.FEW}"
 
 
+@pytest.mark.parametrize("idea", IDEAS)
+def test_every_idea_has_its_pair(idea):
+    told = [StoredRun(record(Run("nano", "gcide", variant, 0, 10, idea=idea))) for variant in ("baseline", "all_aux")]
+    (row,) = (row for row in ideas.tried_in(told) if row.variant == "all_aux")
+    assert row.gaps() == {0: told[1].loss / told[0].loss - 1}
+
+
 def test_a_lost_idea_is_counted(tmp_path):
     told = [StoredRun(record(Run("nano", "gcide", "baseline", 0, 10)))]
     told.append(StoredRun(record(Run("nano", "gcide", "all_aux", 0, 10, idea="linear"), diverged=40)))

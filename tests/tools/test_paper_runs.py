@@ -512,6 +512,8 @@ def test_an_idea_changes_what_it_names_and_no_baseline():
     assert own == plain
     baselines = [Run("nano", "gcide", "baseline", 0, 10, idea=idea).settings() for idea in (None, "end_100")]
     assert baselines[0] == baselines[1]
+    shared = [Run("nano", "gcide", "baseline", 0, 10, idea=idea).settings() for idea in ("gelu", "gelu_tail")]
+    assert shared[0] == shared[1] != baselines[0]
 
 
 @pytest.mark.parametrize("idea", IDEAS)

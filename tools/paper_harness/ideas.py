@@ -53,12 +53,18 @@ IDEAS: dict[str, dict[str, Any]] = {
     "glu": _mlp("glu"),
     "gelu": _mlp("gelu"),
     "relu": _mlp("relu"),
+    # What won, one at a time, together.
+    "gelu_tail": merged(_mlp("gelu"), _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4)),
 }
 
 
-def changes_the_model(idea: str) -> bool:
-    """Whether a baseline is another one with the idea than without it."""
-    return bool(_of_any_model(IDEAS[idea]))
+def of_the_model(idea: str) -> str | None:
+    """The idea that is what this one changes of a run without a taper too, and nothing else; None if that is nothing.
+
+    So a baseline is trained once for all ideas that have its model.
+    """
+    changes = _of_any_model(IDEAS[idea])
+    return next(name for name, alone in IDEAS.items() if alone == changes) if changes else None
 
 
 def _of_any_model(changes: dict[str, Any]) -> dict[str, Any]:

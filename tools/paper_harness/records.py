@@ -165,7 +165,7 @@ class StoredRun:
 
     def _rest(self) -> str:
         config = self.settings.get("config") or {}
-        own = {"model": ("taper", "lr"), "data": ("seed", "max_tokens", "max_documents")}
+        own = {"model": ("taper", "taper_bias", "lr"), "data": ("seed", "max_tokens", "max_documents")}
         kept: dict[str, Any] = {
             section: {key: value for key, value in (config.get(section) or {}).items() if key not in left_out}
             for section, left_out in own.items()

@@ -106,9 +106,10 @@ class Run:
         if self.variant in ("dyt", "derf"):
             more["embedding_scale"] = EMBEDDING_SCALE
         tapered = self.variant != "baseline"
-        if self.idea is not None and (tapered or ideas.changes_the_model(self.idea)):
-            more["idea"] = self.idea
-            config = ideas.with_idea(config, self.idea, tapered)
+        idea = self.idea if self.idea is None or tapered else ideas.of_the_model(self.idea)
+        if idea is not None:
+            more["idea"] = idea
+            config = ideas.with_idea(config, idea, tapered)
         return {
             "format": FORMAT,
             "size": self.size,
