@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torture_harness.faults import Faults
 from torture_harness.mutations import Mutations
-from torture_harness.runner import Runner
+from torture_harness.runner import Runner, import_beforehand
 from torture_harness.runs import MOST_KILLS, Kills, Starts
 from torture_harness.specimens import make
 from torture_harness.verdict import Outcome
@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     until = time.monotonic() + 60 * args.minutes
     tally = Tally(args.seed)
+    import_beforehand()
     with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as scratch:
         runner = Runner(Path(scratch) / "logs", args.limit)
         specimens = make(Path(scratch) / "files", runner)

@@ -21,7 +21,11 @@ MEMORY = 4 << 30  # bytes of a process's own: a size that allocates for ever sho
 CRASHED = 70  # the status of a command that ended in a traceback
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torture_harness.warm"])
+
+
+def import_beforehand() -> None:
+    """Let what commands are forked from import everything first. It holds for all of this process."""
+    _context.set_forkserver_preload(["torture_harness.warm"])
 
 
 @dataclass(frozen=True)
