@@ -1,23 +1,22 @@
 """Stop at the first step whose loss or gradient is not finite, or leave it out."""
 
-import math
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from taperlit.callbacks.gradients import numbers
-from taperlit.distributed import gather, local
+from taperlit.callbacks.gradients import any_bad
+from taperlit.callbacks.replay import Seen, run_again
+from taperlit.distributed import gather
 from taperlit.errors import TaperlitError
 from taperlit.norm import Phase, plain_name, shared_gate
 from taperlit.ranges import require_range
 from taperlit.training.lightning_compat import should_accumulate
 
+FAR = 10.0  # largest token over the median, from which on the error names it
 PHASES = {
     Phase.NORMALIZE: "in the warm-up",
     Phase.BLEND: "in the taper",
@@ -31,9 +30,11 @@ class FiniteGuard(L.Callback):
 
     The error names the step, the taper's phase and the layer where it began: the first in the forward pass with such an
     output or, where the loss is finite, the last with such a gradient, for gradients spread from there to the layers
-    before it. For the former it runs the batch once more, so it holds the batch under way and, with gradient
-    accumulation, the first of the step whose loss was bad: two at most. With manual optimization a batch runs again
-    only up to its first backward pass; what goes wrong after it is reported without a layer.
+    before it. It also names the token whose scale is largest beside the others' at a TaperNorm, where that is 10 times
+    the median: without a norm such a token grows from layer to layer. For that it runs the batch once more, so it holds
+    the batch under way and, with gradient accumulation, the first of the step whose loss was bad: two at most. With
+    manual optimization a batch runs again only up to its first backward pass; what goes wrong after it is reported
+    without a layer.
 
     Nothing with such weights is ever saved, so the checkpoints on disk stay good.
 
@@ -124,8 +125,8 @@ class FiniteGuard(L.Callback):
         if bad_loss is None:
             bad_loss = torch.zeros((), dtype=torch.bool, device=pl_module.device)
         # The 2-norm is many times faster than the largest number, but overflows a little earlier.
-        stop = _anywhere(trainer, bad_loss | _any_bad(gradients, 2.0))
-        stop = stop and _anywhere(trainer, bad_loss | _any_bad(gradients))
+        stop = _anywhere(trainer, bad_loss | any_bad(gradients, 2.0))
+        stop = stop and _anywhere(trainer, bad_loss | any_bad(gradients))
         if stop:
             self._look()
         batch = self._suspect or self._batch
@@ -138,7 +139,7 @@ class FiniteGuard(L.Callback):
         which = "loss" if in_loss else "gradient"
         what = f"step {trainer.global_step + 1}{_phase(pl_module)}: the {which} is not finite"
         if not self.skip or self._in_a_row[optimizer] > self.patience:
-            where = self._origin(trainer, pl_module, batch if in_loss else None)
+            where = self._origin(trainer, pl_module, batch, in_loss)
             after = f" for {self._in_a_row[optimizer]} steps in a row" if self.skip else ""
             others = "" if self.skip else ", or leave such steps out: FiniteGuard(skip=True), --taper.guard.skip=true"
             raise TaperlitError(f"{what}{after}; {where}. {_advice(trainer)}{others}.")
@@ -149,26 +150,31 @@ class FiniteGuard(L.Callback):
         rank_zero_warn(f"Skipped {what}.")
 
     @torch.no_grad()
-    def _origin(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: tuple[Any, int] | None) -> str:
-        """Where it began, in words; every process must ask. ``batch`` is None if the gradients tell."""
-        why = ""
-        if batch is None:
-            names = [plain_name(name) for name, p in pl_module.named_parameters() if _any_bad([p.grad])]
-            found = names[-1] if names else None
+    def _origin(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: tuple[Any, int] | None, in_loss: bool
+    ) -> str:
+        """Where it began, in words; every process must ask."""
+        bad_gradients = [plain_name(name) for name, p in pl_module.named_parameters() if any_bad([p.grad])]
+        self._replaying = True  # which may change gradients
+        seen = run_again(trainer, pl_module, *batch) if batch is not None else Seen()
+        if in_loss:
+            found, why = seen.bad_output, seen.why_unknown
         else:
-            self._replaying = True
-            found, why = _first_bad_output(trainer, pl_module, *batch)
+            found, why = (bad_gradients[-1] if bad_gradients else None), ""
         found = next((name for name in gather(found) if name), None)
         why = next((reason for reason in gather(why) if reason), "")
+        largest = max(gather(seen.largest), default=(0.0, ""))
         if found is not None:
-            return f"it began in {found}"
-        return f"its layer is not known, for {why}" if why else "it began in the loss itself"
+            origin = f"it began in {found}"
+        else:
+            origin = f"its layer is not known, for {why}" if why else "it began in the loss itself"
+        return f"{origin}; {largest[1]}" if largest[0] > FAR else origin
 
     @torch.no_grad()
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are not finite: they could overwrite good ones."""
         named = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
-        mine = next((name for name, p in named.items() if _any_bad([p])), None) if _any_bad(named.values()) else None
+        mine = next((name for name, p in named.items() if any_bad([p])), None) if any_bad(named.values()) else None
         first = next((name for name in gather(mine) if name), None)
         if first is not None:
             raise TaperlitError(
@@ -214,16 +220,6 @@ def _is_scaled(trainer: L.Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
-def _any_bad(tensors: Iterable[Tensor | None], order: float = math.inf) -> Tensor | bool:
-    """Whether any number in this process's part of the tensors is not finite: a 0-d tensor, so that nothing waits.
-
-    It is so exactly with the infinity norm; another order may overflow.
-    """
-    parts = [numbers(local(tensor)) for tensor in tensors if tensor is not None]
-    parts = [part for part in parts if part.numel() and (part.is_floating_point() or part.is_complex())]
-    return ~torch.nn.utils.get_total_norm(parts, order).isfinite() if parts else False
-
-
 def _anywhere(trainer: L.Trainer, bad: Tensor) -> bool:
     return bool(trainer.strategy.reduce(bad.float(), reduce_op="sum").item())
 
@@ -238,35 +234,3 @@ def _advice(trainer: L.Trainer) -> str:
 def _phase(pl_module: nn.Module) -> str:
     gate = shared_gate(pl_module)
     return "" if gate is None else f" ({PHASES[gate.phase]}, gate {gate.value.item():.3g})"
-
-
-def _first_bad_output(
-    trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-) -> tuple[str | None, str]:
-    """Run a batch once more and name the first module whose output is not finite, or say why none can be named."""
-    found: list[str] = []
-
-    def watch(name: str):
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not found and _any_bad(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
-                found.append(plain_name(name))
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in pl_module.named_modules() if name]
-    why = ""
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            output = trainer.strategy.training_step(batch, batch_idx)
-        loss = output.get("loss") if isinstance(output, dict) else output
-        if not isinstance(loss, Tensor) or not _any_bad([loss]):
-            why = "running its batch once more gave a finite loss"
-    except Exception as error:  # whatever it is, it must not hide what the guard has to say
-        if not pl_module.automatic_optimization:
-            why = "with manual optimization a batch runs once more only up to its first backward pass"
-        else:
-            why = f"its batch could not be run once more ({' '.join(f'{type(error).__name__}: {error}'.split())[:120]})"
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return (found[0], "") if found else (None, why)

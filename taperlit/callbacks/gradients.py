@@ -1,7 +1,12 @@
 """What callbacks ask of gradients."""
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from taperlit.distributed import local
 
 
 def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
@@ -19,3 +24,13 @@ def numbers(tensor: Tensor) -> Tensor:
     Their norms are the gradient's, and one of them is not finite exactly where one of the gradient's is not.
     """
     return tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
+
+
+def any_bad(tensors: Iterable[Tensor | None], order: float = math.inf) -> Tensor | bool:
+    """Whether any number in this process's part of the tensors is not finite: a 0-d tensor, so that nothing waits.
+
+    It is so exactly with the infinity norm; another order may overflow.
+    """
+    parts = [numbers(local(tensor)) for tensor in tensors if tensor is not None]
+    parts = [part for part in parts if part.numel() and (part.is_floating_point() or part.is_complex())]
+    return ~torch.nn.utils.get_total_norm(parts, order).isfinite() if parts else False

@@ -1,5 +1,6 @@
 """The guard's one line, whatever the second run of a batch does, and what it holds meanwhile."""
 
+import re
 import weakref
 
 import lightning as L
@@ -90,6 +91,44 @@ def test_its_line_survives_the_second_run(tmp_path, model, words):
     with pytest.raises(TaperlitError, match=rf"^step 6 \(in the taper, gate 0\.\d+\): the loss .* {words}") as error:
         fit(tmp_path, model(5), GateSchedule(3, 8), AlignmentFreeze(), ScaleAnchor("head"), FiniteGuard())
     assert "\n" not in str(error.value)
+
+
+class Grows(Toy):
+    """One token of one batch is 1000 times as large; the loss, or only its gradient, is not finite."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.bad = what, False
+        infinite = float("inf")
+        self.head.weight.register_hook(lambda g: g * infinite if self.bad and what == "gradient" else g)
+
+    def training_step(self, batch, batch_idx):
+        self.bad = batch_idx == 5
+        if self.bad:
+            with torch.no_grad():
+                batch = batch * torch.tensor([1.0, 1.0, 1000.0, 1.0])[:, None]
+        self.seen = batch
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if self.bad and self.what == "loss" else loss
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_the_largest_token_is_named(tmp_path, what):
+    model = Grows(what)
+    with pytest.raises(TaperlitError, match=rf"the {what} is not finite.*") as error:
+        fit(tmp_path, model, GateSchedule(3, 8), AlignmentFreeze(), FiniteGuard())
+    told = re.search(r"; at (\S+) the largest token, \[2\], is (\S+) times the median \((\S+)\)\. ", str(error.value))
+    norms, scales = ["layers.0.norm", "layers.1.norm"], {}
+    for name in norms:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, name=name: scales.update({name: args[0].double().square().mean(-1).sqrt()})
+        )
+    with torch.no_grad():
+        model(model.seen)
+    name = max(norms, key=lambda name: scales[name].max() / scales[name].median())
+    assert told[1] == name
+    assert float(told[2]) == pytest.approx((scales[name].max() / scales[name].median()).item(), rel=1e-2)
+    assert float(told[3]) == pytest.approx(scales[name].median().item(), rel=1e-2)
 
 
 class Tuples(nn.Module):

@@ -1,7 +1,6 @@
 """``last.ckpt`` saved every so many minutes, and written while training goes on."""
 
 import errno
-import multiprocessing
 import os
 import signal
 import threading
@@ -10,6 +9,7 @@ import time
 import lightning as L
 import pytest
 import torch
+from processes import CONTEXT
 from torch import nn
 from toy import Toy, fit, rows
 
@@ -21,8 +21,6 @@ from taperlit.errors import TaperlitError, Terminated
 from taperlit.training import trainer
 from taperlit.training.trainer import RunCheckpointIO, Trainer
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["taperlit.cli.train"])
 ALWAYS = 1e-9  # minutes: due after every step
 
 
@@ -197,7 +195,7 @@ def killed(folder, moment):
 @pytest.mark.slow
 def test_killed_while_it_is_written_the_one_before_is_there(tmp_path):
     for moment in ("half", "unnamed"):
-        child = processes.Process(target=killed, args=(tmp_path / moment, moment))
+        child = CONTEXT.Process(target=killed, args=(tmp_path / moment, moment))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
