@@ -22,8 +22,9 @@ def claimed_folder(trainer: L.Trainer) -> Iterator[None]:
 
     A run that begins gets a number that no other has, however many begin at once; one that goes on has its folder to
     itself or ends. The lock is the system's, so that a killed process leaves none. The folders that were made for it
-    are taken away again, those above it too, as far as nothing was written there; what was there before stays. Of
-    several processes the first holds it. Loggers without a folder per run have nothing to be held.
+    are taken away again, those above it too, as far as nothing was written there; of a run that ends before its first
+    batch, with what was. What was there before stays. Of several processes the first holds it. Loggers without a
+    folder per run have nothing to be held.
 
     Raises:
         TaperlitError: another process writes to the folder, or it cannot be made.
@@ -48,6 +49,11 @@ def claimed_folder(trainer: L.Trainer) -> Iterator[None]:
             raise TaperlitError(f"{where} cannot be written: {error.strerror}.") from error
         try:
             yield
+        except BaseException:
+            # Lightning's loggers write before the data and the callbacks are asked, which may refuse.
+            if logger is not None and folder in made and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+                remove(folder)
+            raise
         finally:
             remove(folder / LOCK)
             lock.release()

@@ -70,6 +70,29 @@ def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path, capsys):
     assert list((tmp_path / "runs").iterdir()) == []  # which was there before, and stays
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--data.batch_size=100000", "less than one batch of 100000"),
+        ("--taper.gate.end=100000", "longer than the run's"),
+    ],
+)
+def test_a_run_that_is_refused_after_its_loggers_have_begun_leaves_no_folder(tmp_path, text, capsys, option, words):
+    assert words in error_of(capsys, *fit_command(tmp_path, text, option))
+    assert not (tmp_path / "runs").exists()
+    folder = fit(tmp_path, text)
+    before = sorted(tmp_path.rglob("*"))
+    assert words in error_of(capsys, *fit_command(tmp_path, text, option))
+    assert versions(tmp_path) == [folder]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_fails_in_its_first_batch_keeps_what_it_logged(tmp_path, text, capsys):
+    assert "is not finite" in error_of(capsys, *fit_command(tmp_path, text, "--model.lr=1e30"))
+    (folder,) = versions(tmp_path)
+    assert (folder / "config.yaml").exists()
+
+
 def claim(root, version=None):
     logger = TensorBoardLogger(str(root), name="a/b", version=version)
     trainer = L.Trainer(logger=logger, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
