@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from taperlit.errors import TaperlitError
 from taperlit.hub.load import tokenizer_json_of
+from taperlit.transformer import LARGEST
 
 END_OF_TEXT = "<|endoftext|>"
 # A chat model's eos ends a turn, not a document (SmolLM2: <|im_end|>); what it was pretrained with is still here.
@@ -93,7 +94,8 @@ def parse_tokenizer(text: str, source: str) -> Tokenizer:
 def _loaded(source: str, load: Callable[[str], Tokenizer], what: str) -> Tokenizer:
     try:
         tokenizer = load(what)
-        largest_id(tokenizer)
+        if (largest := largest_id(tokenizer)) >= LARGEST["vocab_size"]:  # writing it goes through every number below
+            raise ValueError(f"its ids go up to {largest:,}, and no model has more than {LARGEST['vocab_size']:,}")
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise

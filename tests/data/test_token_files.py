@@ -98,6 +98,18 @@ def test_what_is_no_tokenizer_is_told_in_one_line(text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("largest", "refused"), [(2**24 - 1, False), (2**24, True), (4_000_000_000, True)])
+def test_a_tokenizer_whose_ids_no_model_has_is_refused_before_anything_counts_them(largest, refused):
+    text = json.dumps(
+        {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"abc": 0, "far": largest}, "unk_token": "abc"}}
+    )
+    if not refused:
+        assert parse_tokenizer(text, "it").token_to_id("far") == largest
+        return
+    with pytest.raises(TaperlitError, match=rf"it cannot be loaded: its ids go up to {largest:,}, .* use another\."):
+        parse_tokenizer(text, "it")
+
+
 def test_a_tokenizer_that_panics_is_told_in_one_line(monkeypatch):
     class PanicError(BaseException):
         """As Rust's panics are raised: no Exception."""
