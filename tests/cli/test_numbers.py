@@ -117,8 +117,8 @@ def test_constructors_name_the_number_and_its_range(build, other, name, argument
         assert "; it must be " in str(error.value)
 
 
-def options(seed_everything=0, ckpt_path=None):
-    return Namespace(seed_everything=seed_everything, ckpt_path=ckpt_path)
+def options(seed_everything=0, ckpt_path=None, taper=None):
+    return Namespace(seed_everything=seed_everything, ckpt_path=ckpt_path, taper=taper or Namespace())
 
 
 @pytest.mark.parametrize(
@@ -148,13 +148,15 @@ def test_the_trainer_has_these_options():
     assert RANGES.keys() <= inspect.signature(L.Trainer).parameters.keys()
 
 
-def test_seed_and_checkpoint():
+def test_options_that_no_class_checks():
     for seed in (True, False, 0, 2**32 - 1):
         check_options(options(seed))
     with pytest.raises(TaperlitError, match="seed_everything is -1; it must be at least 0"):
         check_options(options(-1))
     with pytest.raises(TaperlitError, match="ckpt_path is empty"):
         check_options(options(ckpt_path=""))
+    with pytest.raises(TaperlitError, match="taper is True, not a dictionary; give its slots, or leave it out"):
+        check_options(options(taper=True))
 
 
 @pytest.mark.parametrize(
