@@ -36,7 +36,7 @@ def write_corpus(folder):
     """Text that compresses: enough for a few hundred blocks of 32 tokens."""
     folder.mkdir()
     for i in range(60):
-        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + {i * j % 17}\n" for j in range(40)]
+        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + {i * j % 17}\n" for j in range(10)]
         (folder / f"{i:02}.py").write_text("\n".join(lines))
     return folder
 

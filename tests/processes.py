@@ -1,6 +1,5 @@
 """Runs of the command line in processes of their own, forked from one that has imported everything already."""
 
-import atexit
 import contextlib
 import multiprocessing
 import os
@@ -10,28 +9,29 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["taperlit.cli.train"])
+PRELOADED = "taperlit.cli.train"
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([PRELOADED])  # it is one for all that this process forks so
 
 FSDP2 = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: 2, tensor_parallel_size: 1}}"  # noqa: E501
 TENSOR = "{class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: {data_parallel_size: 1, tensor_parallel_size: 2}}"  # noqa: E501
 
 
 def fit_args(folder, corpus, *extra: str, name: str = "run") -> list[str]:
-    """A small run of 50 steps through all phases: warm-up to 10, taper to 25."""
+    """A small run of 24 steps through all phases: warm-up to 8, taper to 16; validation, and a checkpoint, every 4."""
     return [
         "fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", f"{corpus}/*.py",
         "--model.overrides", "{vocab_size: 300, block_size: 32, n_layer: 2, n_head: 2, d_model: 32, d_ff: 64}",
         "--model.compile=false", "--data.tokenizer=null", "--data.vocab_size=300", "--data.block_size=32",
-        "--data.batch_size=4", "--data.val_fraction=0.05", "--data.num_workers=0", "--trainer.max_steps=50",
+        "--data.batch_size=4", "--data.val_fraction=0.03", "--data.num_workers=0", "--trainer.max_steps=24",
         "--trainer.accumulate_grad_batches=1", "--trainer.precision=32-true", "--trainer.accelerator=cpu",
-        "--trainer.val_check_interval=5", "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false",
-        "--trainer.enable_progress_bar=false", "--taper.gate.warmup=10", "--taper.gate.end=25",
+        "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false",
+        "--trainer.enable_progress_bar=false", "--taper.gate.warmup=8", "--taper.gate.end=16",
         "--taper.monitor.every=1", f"--trainer.logger.save_dir={folder}", f"--trainer.logger.name={name}", *extra,
     ]  # fmt: skip
 
@@ -40,6 +40,7 @@ def _child(args: list[str], rank: int, environment: dict[str, str], log: str, se
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    assert PRELOADED in sys.modules, "something else has set what is imported before a fork: every run imports all"
     os.environ.update(environment)
     torch.set_num_threads(1)
     if setup is not None:
@@ -52,26 +53,43 @@ def _child(args: list[str], rank: int, environment: dict[str, str], log: str, se
     os._exit(status)  # as good as the interpreter's own end, and no pytest of the parent's runs in it
 
 
-class Leave(L.Callback):
-    """Ends a process that Lightning spawned without C++'s static destructors.
+class Forked(DDPStrategy):
+    """DDP on processes that are forked as a :class:`Run`'s are: Lightning's "ddp_spawn" has each import everything.
 
-    With torch 2.13 they abort one in ten processes that end after DDP over gloo ("terminate called without an active
-    exception"), when all that counts is done.
+    Nor do they end with C++'s static destructors. With torch 2.13 these abort one in ten processes that end after DDP
+    over gloo ("terminate called without an active exception"), when all that counts is done.
     """
 
-    def teardown(self, trainer, pl_module, stage):
-        if multiprocessing.parent_process() is not None:
-            atexit.register(os._exit, 0)
+    def __init__(self, **options) -> None:
+        super().__init__(start_method="forkserver", **options)
 
-    def on_exception(self, trainer, pl_module, exception):
-        if multiprocessing.parent_process() is not None:
-            atexit.register(os._exit, 1)
+    def setup_environment(self) -> None:
+        """Copy the weights, which the processes would share: they came to each through shared memory."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            tensor.data = tensor.data.clone()
+        super().setup_environment()
+
+
+def join_two(worker: Callable, *args) -> None:
+    """Call ``worker(rank, *args)`` in two such processes, and raise what one of them raises."""
+    torch.multiprocessing.start_processes(worker, args, nprocs=2, start_method="forkserver")
+
+
+def on_two(**options) -> dict:
+    """A trainer's options for two processes, which deal out the batches themselves."""
+    return {"devices": 2, "strategy": Forked(**options), "use_distributed_sampler": False}
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def trace_only(rank: int) -> None:
+    """Let torch.compile trace and differentiate, but write no code, which takes most of its time."""
+    compile = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module, **options: compile(module, **{**options, "backend": "aot_eager"})
 
 
 class Run:
@@ -90,7 +108,7 @@ class Run:
                     "MASTER_PORT": port,
                 }  # fmt: skip
             child = (list(args), rank, environment, str(self.log), setup)
-            self.processes.append(_context.Process(target=_child, args=child, daemon=True))
+            self.processes.append(CONTEXT.Process(target=_child, args=child, daemon=True))
         for process in self.processes:
             process.start()
 

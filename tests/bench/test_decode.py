@@ -1,5 +1,8 @@
 """The bench refuses to tell the speed of what decodes something else."""
 
+import dataclasses
+import shutil
+
 import pytest
 import torch
 
@@ -11,8 +14,8 @@ from taperlit.transformer import TransformerConfig
 CONFIG = TransformerConfig(vocab_size=300, block_size=48, n_layer=2, n_head=2, d_model=32, d_ff=64)
 
 
-def setting(dtype=torch.float32, batch=2):
-    return Setting("tiny", batch, 8, 9, dtype, "eager", torch.device("cpu"), 2, 10.0)
+def setting(dtype=torch.float32, batch=2, backend="eager"):
+    return Setting("tiny", batch, 8, 9, dtype, backend, torch.device("cpu"), 2, 10.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,26 @@ def test_every_variant_is_measured_and_agrees(models, dtype):
     assert first["kernels_per_token"] >= last["kernels_per_token"] + 5 * 4
     assert last["kernels_per_layer"] == int(last["kernels_per_layer"])
     assert 6 <= last["kernels_per_layer"] < last["kernels_per_token"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_every_norm_is_a_kernel_less():
+    one = Models.build(dataclasses.replace(CONFIG, n_layer=1), "all", seed=0)
+    rows = {row["variant"]: row for row in decode_rows(one, setting(batch=1, backend="compile"))}
+    assert [*rows][:3] == ["normalized", "explicit", "folded"]
+    for row in rows.values():
+        assert row["backend"] == "compile"
+        if row["ratio"] is None:  # it could not be measured here, and says why
+            assert row["skipped"]
+            assert row["variant"] == "transformers-compiled"
+            continue
+        assert row["low"] <= row["ratio"] <= row["high"]
+        assert row["tokens"].startswith("equal")
+    assert rows["normalized"]["ratio"] == 1
+    # The layer's two are; the final one is one with the head's.
+    assert rows["folded"]["kernels_per_token"] <= rows["normalized"]["kernels_per_token"] - 2
+    assert rows["folded"]["kernels_per_layer"] <= 7
 
 
 class Wrong:

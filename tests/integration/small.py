@@ -9,7 +9,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "--model.overrides", "{vocab_size: 300, block_size: 32, n_layer: 2, n_head: 2, d_model: 32, d_ff: 64}",
     "--model.compile=false", "--data.tokenizer=null", "--data.vocab_size=300", "--data.block_size=32",
-    "--data.batch_size=4", "--data.val_fraction=0.2", "--data.num_workers=0",
+    "--data.batch_size=4", "--data.val_fraction=0.05", "--data.num_workers=0",
     "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=1", "--trainer.precision=32-true",
     "--trainer.accelerator=cpu", "--trainer.val_check_interval=10", "--trainer.log_every_n_steps=1",
     "--trainer.enable_model_summary=false", "--taper.gate.warmup=5", "--taper.gate.end=10",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import write_corpus
-from processes import FSDP2, TENSOR, Run, fit_args, scalars
+from processes import FSDP2, TENSOR, Run, fit_args, scalars, trace_only
 
 from taperlit.checkpoint.reader import read_checkpoint
 
@@ -42,12 +42,12 @@ def home(tmp_path_factory):
     return folder
 
 
-def go(home, name, ranks=1, batch=4, accumulate=1, extra=()):
+def go(home, name, ranks=1, batch=4, accumulate=1, extra=(), setup=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAPERLIT_CACHE", str(home / "cache"))
         extra = [f"--data.batch_size={batch}", f"--trainer.accumulate_grad_batches={accumulate}",
-                 f"--trainer.val_check_interval={25 * accumulate}", f"--trainer.devices={ranks}", *extra]  # fmt: skip
-        Run(fit_args(home, home / "corpus", *extra, name=name), home, ranks).succeed()
+                 f"--trainer.val_check_interval={12 * accumulate}", f"--trainer.devices={ranks}", *extra]  # fmt: skip
+        Run(fit_args(home, home / "corpus", *extra, name=name), home, ranks, setup).succeed()
     return home / name / "version_0"
 
 
@@ -64,9 +64,11 @@ def test_same_run(home, one, way):
     if in_chunks := "in chunks" in way:
         # The head is not watched in most steps, so that its gradients may be made in the forward pass.
         extra = [*extra, "--model.chunk_tokens=16", "--taper.monitor.every=7"]
-    run = go(home, way, ranks, batch, accumulate, extra)
+    # The code that is written for the tensor parallel's graphs, which alone have collectives in them, is enough.
+    setup = trace_only if "compiled" in way and "tensor" not in way else None
+    run = go(home, way, ranks, batch, accumulate, extra, setup)
     expected, got = scalars(one), scalars(run)
-    assert len(got["train/loss"]) == 50
+    assert len(got["train/loss"]) == 24
     unseen = ["gain"] if way.partition(",")[0] == "fsdp" else []
     if "compiled" in way:  # its norms are within the graphs
         unseen += ["scale_max/", "scale_p999/"]

@@ -26,7 +26,7 @@ def text(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(40):
-        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + the_other(value, {i % 7})" for j in range(20)]
+        lines = [f"def function_{i}_{j}(x):\n    return x * {j} + the_other(value, {i % 7})" for j in range(8)]
         (folder / f"{i}.txt").write_text("\n".join(lines))
     return str(folder / "*.txt")
 

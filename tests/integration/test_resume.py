@@ -26,7 +26,7 @@ def text(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(60):
-        lines = [f"def function_{i}_{j}(x):\n    return x * {j}" for j in range(40)]
+        lines = [f"def function_{i}_{j}(x):\n    return x * {j}" for j in range(10)]
         (folder / f"{i:02}.txt").write_text("\n".join(lines))
     return str(folder / "*.txt")
 

@@ -70,7 +70,7 @@ def planted(args):
 def ends(tmp_path_factory):
     """Each planted end, by the words that make it."""
     folder = tmp_path_factory.mktemp("planted")
-    runner = Runner(folder / "logs", limit=5.0)
+    runner = Runner(folder / "logs", limit=2.0)
     words = ("traceback", "spins", "refuses", "accepts")
     return {word: runner.run(Call([word], folder, function="test_torture:planted")) for word in words}
 
@@ -155,7 +155,7 @@ def test_wrong_options_are_told(args, capsys):
 @pytest.mark.slow
 def test_the_short_form_finds_nothing():
     # In a process of its own: commands are forked from it, and pytest's threads and files are not theirs to inherit.
-    args = [sys.executable, "-m", "torture_harness", "--mutations=15", "--faults=5", "--kills=1", "--starts=1"]
+    args = [sys.executable, "-m", "torture_harness", "--mutations=6", "--faults=3", "--kills=1", "--starts=1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
     done = subprocess.run(args, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
