@@ -43,6 +43,12 @@ LINE = "taperlit: error: config.json is damaged; fold again.\n"
 )
 def test_how_a_command_ends_is_judged(ended, allowed, outcome):
     assert judge(ended, allowed)[0] is outcome
+
+
+def test_what_differs_is_named():
+    written = {"state_dict": "a", "RngState": "b"}
+    made = {"state_dict": "a", "RngState": "c", "loops": "d"}
+    assert judge(Ended(0, result=made), Allowed(written)) == (Outcome.WRONG, "status 0, and other RngState, loops")
     assert outcome.good == (outcome in (Outcome.REFUSED, Outcome.SAME, Outcome.EDITED))
 
 

@@ -28,15 +28,15 @@ def folded(path: str) -> str:
     return _hash([loaded.model.state_dict(), loaded.tokenizer_json, structure])
 
 
-def checkpoint(path: str) -> str:
-    """All of a checkpoint that says what the run is."""
+def checkpoint(path: str) -> dict[str, str]:
+    """All of a checkpoint that says what the run is, part by part."""
     content = read_checkpoint(path)
     callbacks = dict(content.get("callbacks", {}))
     callbacks.pop("RunRecord", None)  # its config names the folder
     kept = ("best_model_score", "current_score")
     for key in [key for key in callbacks if key.startswith("RunCheckpoint")]:
         callbacks[key] = {name: value for name, value in callbacks[key].items() if name in kept}
-    return _hash({**content, "callbacks": callbacks})
+    return {key: _hash(value) for key, value in [*content.items(), *callbacks.items()] if key != "callbacks"}
 
 
 def weights_and_rest(path: str) -> str:
@@ -59,13 +59,13 @@ def texts_and_model(out: str, model: str) -> list[Any]:
     return [texts(out), folded(model)]
 
 
-def run_of(folder: str) -> str:
+def run_of(folder: str) -> dict[str, str]:
     """The last checkpoint of the newest run in a logger's folder."""
     newest = max(Path(folder).glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
     return checkpoint(str(newest / "checkpoints/last.ckpt"))
 
 
-def run_and_cache(folder: str, cache: str) -> list[str]:
+def run_and_cache(folder: str, cache: str) -> list[Any]:
     """The same, and the token cache that it was trained on."""
     return [run_of(folder), cache_of(cache)]
 

@@ -80,4 +80,8 @@ def judge(ended: Ended, allowed: Allowed, canary: Path | None = None) -> tuple[O
         return Outcome.SAME, ""
     if allowed.edited:
         return Outcome.EDITED, ""
+    if isinstance(ended.result, dict) and isinstance(allowed.result, dict):
+        keys = sorted(ended.result.keys() | allowed.result.keys())
+        differ = [key for key in keys if ended.result.get(key) != allowed.result.get(key)]
+        return Outcome.WRONG, f"status 0, and other {', '.join(differ)}"
     return Outcome.WRONG, f"status 0, {str(ended.result)[:120]}"
