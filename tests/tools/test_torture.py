@@ -43,13 +43,13 @@ LINE = "taperlit: error: config.json is damaged; fold again.\n"
 )
 def test_how_a_command_ends_is_judged(ended, allowed, outcome):
     assert judge(ended, allowed)[0] is outcome
+    assert outcome.good == (outcome in (Outcome.REFUSED, Outcome.SAME, Outcome.EDITED))
 
 
 def test_what_differs_is_named():
     written = {"state_dict": "a", "RngState": "b"}
     made = {"state_dict": "a", "RngState": "c", "loops": "d"}
     assert judge(Ended(0, result=made), Allowed(written)) == (Outcome.WRONG, "status 0, and other RngState, loops")
-    assert outcome.good == (outcome in (Outcome.REFUSED, Outcome.SAME, Outcome.EDITED))
 
 
 def test_code_that_ran_is_told_whatever_else_happened(tmp_path):
@@ -76,7 +76,7 @@ def planted(args):
 def ends(tmp_path_factory):
     """Each planted end, by the words that make it."""
     folder = tmp_path_factory.mktemp("planted")
-    runner = Runner(folder / "logs", limit=2.0)
+    runner = Runner(folder / "logs", limit=5.0)
     words = ("traceback", "spins", "refuses", "accepts")
     return {word: runner.run(Call([word], folder, function="test_torture:planted")) for word in words}
 
