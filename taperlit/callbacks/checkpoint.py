@@ -281,6 +281,7 @@ class RunCheckpoint(CheckpointCallback):
                 state[key] = ""
         state["best_k_models"] = {path: score for path, score in state["best_k_models"].items() if inside(path)}
         super().load_state_dict(state)
+        self.current_score = state.get("current_score")  # which Lightning saves, and forgets
 
     def before_last_is_sought(self, directory: Path) -> None:
         """Give a ``last.ckpt`` back its name that a killed process was about to replace."""
