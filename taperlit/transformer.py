@@ -93,6 +93,11 @@ class TransformerConfig:
         mlp: kind of every MLP, see ``MLP_KINDS``.
         bias: biases in the linear maps of the blocks, but for what ``qkv_bias`` says.
         tied: the head shares the embedding's matrix.
+        init: spreads of the initial weights, all normal. ``gpt2`` has 0.02 everywhere, and ``unit`` what keeps the size
+            of features about 1: 1 in embeddings and ``1 / sqrt(d_in)`` in linear maps. In both, the maps that write to
+            the residual stream have ``1 / sqrt(2 n_layer)`` of it. Rows of size 1 grow little relative to each other,
+            so that no rare token's becomes many times the others', which is what makes a SwiGLU model without norms
+            diverge; it is for ``tied=False``, since a head of such rows would have logits of size ``sqrt(d_model)``.
         d_head: width of a head; None is ``d_model / n_head``.
         qkv_bias: biases in the maps to queries, keys and values; None is ``bias``.
         rope_scaling: of the rotary frequencies, as in Llama 3.1; None is none.
@@ -115,12 +120,13 @@ class TransformerConfig:
     mlp: Literal["swiglu", "glu", "gelu", "relu"] = "swiglu"
     bias: bool = False
     tied: bool = False
+    init: Literal["gpt2", "unit"] = "gpt2"
     d_head: int | None = None
     qkv_bias: bool | None = None
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        for name in ("norm", "position", "mlp"):
+        for name in ("norm", "position", "mlp", "init"):
             choices = get_args(type(self).__dataclass_fields__[name].type)
             if getattr(self, name) not in choices:
                 raise TaperlitError(f"{name} is {shown(getattr(self, name))}; choose from {', '.join(choices)}.")
@@ -137,6 +143,10 @@ class TransformerConfig:
             if (size := getattr(self, name)) is not None and not 1 <= size <= most:
                 bound = "at least 1" if size < 1 else f"at most {most}"
                 raise TaperlitError(f"{name} must be {bound}, not {shown(size)}.")
+        if self.init == "unit" and self.tied:
+            raise TaperlitError(
+                "init 'unit' needs a head with a matrix of its own; set tied to false, or init to gpt2."
+            )
         if self.norm_eps < 0:
             raise TaperlitError(f"norm_eps must be at least 0, not {self.norm_eps}.")
         if not 1 <= self.rope_theta <= 1e30:
@@ -194,6 +204,16 @@ class TransformerConfig:
         """Whether the MLP has a gate."""
         return MLP_KINDS[self.mlp].gated
 
+    def init_std(self, d_in: int, writes: bool = False) -> float:
+        """Spread of a linear map's initial weights.
+
+        Args:
+            d_in: its features in.
+            writes: what it returns is added to the residual stream.
+        """
+        std = 1 / math.sqrt(d_in) if self.init == "unit" else 0.02
+        return std / math.sqrt(2 * self.n_layer) if writes else std
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TransformerConfig":
         """The named entry of ``PRESETS`` with some fields changed.
@@ -237,7 +257,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that initializes to a normal of a given spread, also when built on the meta device."""
+    """``nn.Linear`` that initializes to a normal of a given spread, also when built on the meta device.
+
+    Args:
+        d_in: features in.
+        d_out: features out.
+        bias: it has one.
+        std: of the initial weights.
+    """
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False, std: float = 0.02) -> None:
         self.std = std  # before torch's constructor, which calls reset_parameters
@@ -251,11 +278,21 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` with GPT-2's initial spread."""
+    """``nn.Embedding`` that initializes to a normal of a given spread, also when built on the meta device.
+
+    Args:
+        rows: how many.
+        width: of each.
+        std: of the initial weights.
+    """
+
+    def __init__(self, rows: int, width: int, std: float = 0.02) -> None:
+        self.std = std  # as in Linear
+        super().__init__(rows, width)
 
     def reset_parameters(self) -> None:
         """Normal weights."""
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=self.std)
 
 
 def machine_memory() -> float:
@@ -322,10 +359,11 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.d_head = config.n_head, config.kv_heads, config.head_width
         d_q, d_kv, qkv_bias = self.n_head * self.d_head, self.n_kv_head * self.d_head, bool(config.qkv_bias)
-        self.q_proj = Linear(config.d_model, d_q, qkv_bias)
-        self.k_proj = Linear(config.d_model, d_kv, qkv_bias)
-        self.v_proj = Linear(config.d_model, d_kv, qkv_bias)
-        self.o_proj = Linear(d_q, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+        std = config.init_std(config.d_model)
+        self.q_proj = Linear(config.d_model, d_q, qkv_bias, std)
+        self.k_proj = Linear(config.d_model, d_kv, qkv_bias, std)
+        self.v_proj = Linear(config.d_model, d_kv, qkv_bias, std)
+        self.o_proj = Linear(d_q, config.d_model, config.bias, config.init_std(d_q, writes=True))
 
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
         """Map (B, T, d_model) to the same shape."""
@@ -345,9 +383,10 @@ class MLP(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.kind = config.mlp
-        self.gate_proj = Linear(config.d_model, config.d_inner, config.bias) if config.gated_mlp else None
-        self.up_proj = Linear(config.d_model, config.d_inner, config.bias)
-        self.down_proj = Linear(config.d_inner, config.d_model, config.bias, std=0.02 / math.sqrt(2 * config.n_layer))
+        d, d_ff, std = config.d_model, config.d_inner, config.init_std(config.d_model)
+        self.gate_proj = Linear(d, d_ff, config.bias, std) if config.gated_mlp else None
+        self.up_proj = Linear(d, d_ff, config.bias, std)
+        self.down_proj = Linear(d_ff, d, config.bias, config.init_std(d_ff, writes=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, d_model) to the same shape."""
@@ -391,12 +430,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.tok_embed = Embedding(config.vocab_size, config.d_model)
-        self.pos_embed = Embedding(config.block_size, config.d_model) if config.position == "learned" else None
+        learned, embed_std = config.position == "learned", 1.0 if config.init == "unit" else 0.02
+        self.tok_embed = Embedding(config.vocab_size, config.d_model, embed_std)
+        self.pos_embed = Embedding(config.block_size, config.d_model, embed_std) if learned else None
         self.rope = Rope(config) if config.position == "rope" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = build_norm(config)
-        self.head = Linear(config.d_model, config.vocab_size)
+        self.head = Linear(config.d_model, config.vocab_size, std=config.init_std(config.d_model))
         if config.tied:
             self.head.weight = self.tok_embed.weight
 

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -247,6 +248,31 @@ def test_initialization_is_depth_scaled_and_survives_the_meta_device():
         assert parameter.std().item() == pytest.approx(other.std().item(), rel=0.1, abs=1e-9), name
     assert model.blocks[3].attn.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
     assert model.blocks[3].attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_unit_init_keeps_features_of_size_one():
+    torch.manual_seed(0)
+    config = TransformerConfig(vocab_size=512, block_size=64, n_layer=4, n_head=4, d_model=128, d_ff=384, init="unit")
+    model = Transformer(config)
+    inputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, args, out, name=name: inputs.update({name: (args[0], out)}))
+    logits = model(torch.randint(512, (4, 64)))
+    assert model.tok_embed.weight.std().item() == pytest.approx(1, rel=0.02)
+    assert logits.std().item() == pytest.approx(1, rel=0.1)
+    for name, (x, y) in inputs.items():
+        expected = x.square().mean().sqrt().item()  # each map keeps its input's size
+        if name.endswith(("o_proj", "down_proj")):
+            expected /= math.sqrt(8)  # and the stream gets a part of it from each of 2 * 4 writers
+        assert y.square().mean().sqrt().item() == pytest.approx(expected, rel=0.15), name
+
+
+def test_unit_init_refuses_a_tied_head():
+    with pytest.raises(TaperlitError, match=r"init 'unit' needs a head .* set tied to false, or init to gpt2"):
+        TransformerConfig(init="unit", tied=True)
+    TransformerConfig(init="unit", tied=False)
+    TransformerConfig(init="gpt2", tied=True)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ def test_every_leaf_counts():
 def test_sizes_have_the_steps_that_their_tokens_ask_for(size):
     shape = SIZES[size].shape
     d, f, v, n = shape["d_model"], shape["d_ff"], shape["vocab_size"], shape["n_layer"]
-    assert SIZES[size].parameters == v * d + n * (4 * d * d + 3 * d * f + 2 * d) + d
+    tables = 1 if shape["tied"] else 2
+    assert SIZES[size].parameters == tables * v * d + n * (4 * d * d + 3 * d * f + 2 * d) + d
     for length in (0.5, 2, 5, 10, 20, 40):
         steps, every = SIZES[size].length(length)
         wanted = length * SIZES[size].parameters / SIZES[size].tokens_per_step

@@ -50,6 +50,8 @@ IDEAS: dict[str, dict[str, Any]] = {
     "rows": _slot("rows", "EqualRows"),
     "writes": _slot("writes", "BoundedWrites"),
     "bias": {"model": {"taper_bias": True}},
+    "untied": {"model": {"overrides": {"tied": False}}},
+    "unit": {"model": {"overrides": {"tied": False, "init": "unit"}}},
     "glu": _mlp("glu"),
     "gelu": _mlp("gelu"),
     "relu": _mlp("relu"),

@@ -214,6 +214,7 @@ def fit_config(
     """
     config: dict[str, Any] = json.loads(json.dumps(settings["config"]))
     config["model"] |= {"compile": compiled}
+    config["model"]["overrides"].setdefault("init", "gpt2")  # as it was before there was a choice
     config["data"] |= {**corpus.place_options(settings["corpus"]), "num_workers": 0}
     logger = {"save_dir": str(work), "name": "run"}
     config["trainer"] |= {

@@ -100,9 +100,15 @@ _LLAMA = {
 }
 
 
-def _shape(vocab_size: int, block_size: int, n_layer: int, n_head: int, d_model: int, d_ff: int) -> dict[str, Any]:
+# A head of its own and unit initial weights. Where no ``init`` is told it is GPT-2's, which is older than the option.
+_UNIT = {"tied": False, "init": "unit"}
+
+
+def _shape(
+    vocab_size: int, block_size: int, n_layer: int, n_head: int, d_model: int, d_ff: int, **more: Any
+) -> dict[str, Any]:
     sizes = dict(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, d_model=d_model, d_ff=d_ff)
-    return {**sizes, "n_head": n_head, "n_kv_head": n_head, **_LLAMA}
+    return {**sizes, "n_head": n_head, "n_kv_head": n_head, **_LLAMA, **more}
 
 
 # The paper's: batch, learning rate and 7000 steps as in configs/tinystories_*.yaml.
@@ -116,7 +122,8 @@ SIZES = {
         others={"shape": ("cosine", "linear"), "ema_rate": (0.1,), "weight": (0.0,)},
     ),
     "nano": Size(_shape(1024, 256, 6, 4, 48, 128), 8, 4e-3),
-    "micro": Size(_shape(1024, 256, 6, 4, 96, 256), 8, 3e-3),
+    "nano_unit": Size(_shape(1024, 256, 6, 4, 48, 128, **_UNIT), 8, 16e-3),
+    "micro_unit": Size(_shape(1024, 256, 6, 4, 64, 176, **_UNIT), 8, 16e-3),
     "small_1m": Size(_shape(10000, 512, 8, 4, 64, 192), lr=4e-3, tokens_per_parameter=430.0, **_PAPER),
     "small_3m": Size(_shape(10000, 512, 8, 4, 128, 384), lr=3e-3, tokens_per_parameter=154.0, **_PAPER),
     "small_9m": Size(_shape(10000, 512, 8, 4, 256, 640), lr=2e-3, tokens_per_parameter=53.0, **_PAPER),
