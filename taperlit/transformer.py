@@ -93,11 +93,12 @@ class TransformerConfig:
         mlp: kind of every MLP, see ``MLP_KINDS``.
         bias: biases in the linear maps of the blocks, but for what ``qkv_bias`` says.
         tied: the head shares the embedding's matrix.
-        init: spreads of the initial weights, all normal. ``gpt2`` has 0.02 everywhere, and ``unit`` what keeps the size
-            of features about 1: 1 in embeddings and ``1 / sqrt(d_in)`` in linear maps. In both, the maps that write to
-            the residual stream have ``1 / sqrt(2 n_layer)`` of it. Rows of size 1 grow little relative to each other,
-            so that no rare token's becomes many times the others', which is what makes a SwiGLU model without norms
-            diverge; it is for ``tied=False``, since a head of such rows would have logits of size ``sqrt(d_model)``.
+        init: spreads of the initial weights, all normal. ``gpt2`` has 0.02 everywhere, and ``unit`` what keeps features
+            at a size of about 1: 1 in embeddings and ``1 / sqrt(d_in)`` in linear maps. In both, the maps that write to
+            the residual stream have ``1 / sqrt(2 n_layer)`` of it. Rows that begin at size 1 change little in training,
+            so that no rare token's grows to many times the others', as those of 0.02 do; without norms, SwiGLU squares
+            such a token block after block, and the run diverges. ``unit`` is not for a tied head, whose logits would
+            begin at a size of ``sqrt(d_model)``. None is ``gpt2`` where the head is tied, else ``unit``.
         d_head: width of a head; None is ``d_model / n_head``.
         qkv_bias: biases in the maps to queries, keys and values; None is ``bias``.
         rope_scaling: of the rotary frequencies, as in Llama 3.1; None is none.
@@ -120,13 +121,13 @@ class TransformerConfig:
     mlp: Literal["swiglu", "glu", "gelu", "relu"] = "swiglu"
     bias: bool = False
     tied: bool = False
-    init: Literal["gpt2", "unit"] = "gpt2"
+    init: Literal["gpt2", "unit"] | None = None
     d_head: int | None = None
     qkv_bias: bool | None = None
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        for name in ("norm", "position", "mlp", "init"):
+        for name in ("norm", "position", "mlp"):
             choices = get_args(type(self).__dataclass_fields__[name].type)
             if getattr(self, name) not in choices:
                 raise TaperlitError(f"{name} is {shown(getattr(self, name))}; choose from {', '.join(choices)}.")
@@ -139,6 +140,8 @@ class TransformerConfig:
             self.d_ff = 64 * math.ceil(8 * self.d_model / 3 / 64) if self.gated_mlp else 4 * self.d_model
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
+        if self.init is None:
+            self.init = "gpt2" if self.tied else "unit"
         for name, most in LARGEST.items():
             if (size := getattr(self, name)) is not None and not 1 <= size <= most:
                 bound = "at least 1" if size < 1 else f"at most {most}"

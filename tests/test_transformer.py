@@ -271,8 +271,10 @@ def test_unit_init_keeps_features_of_size_one():
 def test_unit_init_refuses_a_tied_head():
     with pytest.raises(TaperlitError, match=r"init 'unit' needs a head .* set tied to false, or init to gpt2"):
         TransformerConfig(init="unit", tied=True)
-    TransformerConfig(init="unit", tied=False)
-    TransformerConfig(init="gpt2", tied=True)
+    assert TransformerConfig(tied=False).init == "unit"
+    assert TransformerConfig(tied=True).init == "gpt2"
+    with pytest.raises(TaperlitError, match="init is 'he'"):
+        TransformerConfig(init="he")
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "rows": _slot("rows", "EqualRows"),
     "writes": _slot("writes", "BoundedWrites"),
     "bias": {"model": {"taper_bias": True}},
-    "untied": {"model": {"overrides": {"tied": False}}},
+    "untied": {"model": {"overrides": {"tied": False, "init": "gpt2"}}},
     "unit": {"model": {"overrides": {"tied": False, "init": "unit"}}},
     "glu": _mlp("glu"),
     "gelu": _mlp("gelu"),
