@@ -24,6 +24,7 @@ from taperlit.norm import Phase, TaperNorm, plain_name, shared_gate
 from taperlit.products import Feeds
 from taperlit.structure import Structure, add_bias, identity_for, replace, submodule, untie
 from taperlit.surgery import require_tapered
+from taperlit.transformer import Transformer
 
 TOLERANCE = 1e-9  # largest relative difference of float64 outputs that is still rounding
 
@@ -52,7 +53,8 @@ def fold(
             give the same each time; torch's random generators are put back before each.
         *more_runs: others, for a model that does not use all of its parameters in one.
         tied: what to do with a norm whose matrix other inputs use too (a head tied to the embedding): give the linear
-            map a matrix of its own, or keep the norm's map as an explicit scale.
+            map a matrix of its own, or keep the norm's map as an explicit scale. With the former a ``Transformer``'s
+            ``embed_norm`` goes into its table too.
         untouched: glob patterns of parameters that no run needs to use. What a norm would feed there is unknown, so
             name only those that never see a norm's output.
         keep: hold copies until the fold is proven, so that the model stays as it was whatever goes wrong. False is for
@@ -112,6 +114,8 @@ def _fold(
         structure = Structure(identities={}, scales={}, biases={}, untied=[], difference=0.0)
         unwritten = None if keep else _versions(model)
         own = [own_outputs(model, run, keep) for run in runs]
+        if tied == "untie":
+            _fold_embed_norms(model, structure)
         watch, before = _watch(model, runs, keep)
         kept = watch.norms.keys() - names
         feeds = resolve(watch, kept)
@@ -293,6 +297,15 @@ def _watch(model: nn.Module, runs: Iterable[Run], keep: bool = True) -> tuple[Wa
             ) from error
         outputs.append(tensors)
     return watch, outputs
+
+
+def _fold_embed_norms(model: nn.Module, structure: Structure) -> None:
+    """Divide the embeddings' rows once and for all; the outputs in the model's own precision tell that it was right."""
+    for name, module in model.named_modules():
+        if isinstance(module, Transformer) and module.config.embed_norm:
+            if module.head.weight is module.tok_embed.weight:
+                structure["untied"].append(f"{plain_name(name)}.head.weight".lstrip("."))
+            module.fold_embed_norm()
 
 
 def _untie(model: nn.Module, feeds: dict[str, Feeds], structure: Structure) -> bool:

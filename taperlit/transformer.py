@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, H query heads, K key/value heads, D head width.
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
@@ -93,15 +93,16 @@ class TransformerConfig:
         mlp: kind of every MLP, see ``MLP_KINDS``.
         bias: biases in the linear maps of the blocks, but for what ``qkv_bias`` says.
         tied: the head shares the embedding's matrix.
-        init: spreads of the initial weights, all normal. ``gpt2`` has 0.02 everywhere, and ``unit`` what keeps features
-            at a size of about 1: 1 in embeddings and ``1 / sqrt(d_in)`` in linear maps. In both, the maps that write to
-            the residual stream have ``1 / sqrt(2 n_layer)`` of it. Rows that begin at size 1 change little in training,
-            so that no rare token's grows to many times the others', as those of 0.02 do; without norms, SwiGLU squares
-            such a token block after block, and the run diverges. ``unit`` is not for a tied head, whose logits would
-            begin at a size of ``sqrt(d_model)``. None is ``gpt2`` where the head is tied, else ``unit``.
         d_head: width of a head; None is ``d_model / n_head``.
         qkv_bias: biases in the maps to queries, keys and values; None is ``bias``.
         rope_scaling: of the rotary frequencies, as in Llama 3.1; None is none.
+        init: spread of the initial weights, all normal: ``gpt2`` is 0.02, and ``fan_in`` is ``1 / sqrt(d_in)`` in the
+            blocks' linear maps, whatever their width, and 0.02 in the embeddings and the head. In both, the maps that
+            write to the residual stream have ``1 / sqrt(2 n_layer)`` of it. No part of the trained model's shape.
+        embed_norm: each token's embedding is divided by its root mean square before the blocks; a tied head has the
+            matrix as it is. It is a function of the token alone, so folding puts it into the table, for nothing at
+            inference, see :meth:`Transformer.token_table`. Without it a tied head's gradients make the rows of rare
+            tokens many times the others', which SwiGLU squares block after block once no norm takes the size out.
 
     Raises:
         TaperlitError: a value that is none of these, or sizes that do not go together.
@@ -121,13 +122,14 @@ class TransformerConfig:
     mlp: Literal["swiglu", "glu", "gelu", "relu"] = "swiglu"
     bias: bool = False
     tied: bool = False
-    init: Literal["gpt2", "unit"] | None = None
     d_head: int | None = None
     qkv_bias: bool | None = None
     rope_scaling: RopeScaling | None = None
+    init: Literal["gpt2", "fan_in"] = field(default="gpt2", compare=False)
+    embed_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("norm", "position", "mlp"):
+        for name in ("norm", "position", "mlp", "init"):
             choices = get_args(type(self).__dataclass_fields__[name].type)
             if getattr(self, name) not in choices:
                 raise TaperlitError(f"{name} is {shown(getattr(self, name))}; choose from {', '.join(choices)}.")
@@ -140,16 +142,10 @@ class TransformerConfig:
             self.d_ff = 64 * math.ceil(8 * self.d_model / 3 / 64) if self.gated_mlp else 4 * self.d_model
         if self.qkv_bias is None:
             self.qkv_bias = self.bias
-        if self.init is None:
-            self.init = "gpt2" if self.tied else "unit"
         for name, most in LARGEST.items():
             if (size := getattr(self, name)) is not None and not 1 <= size <= most:
                 bound = "at least 1" if size < 1 else f"at most {most}"
                 raise TaperlitError(f"{name} must be {bound}, not {shown(size)}.")
-        if self.init == "unit" and self.tied:
-            raise TaperlitError(
-                "init 'unit' needs a head with a matrix of its own; set tied to false, or init to gpt2."
-            )
         if self.norm_eps < 0:
             raise TaperlitError(f"norm_eps must be at least 0, not {self.norm_eps}.")
         if not 1 <= self.rope_theta <= 1e30:
@@ -208,13 +204,13 @@ class TransformerConfig:
         return MLP_KINDS[self.mlp].gated
 
     def init_std(self, d_in: int, writes: bool = False) -> float:
-        """Spread of a linear map's initial weights.
+        """Spread of the initial weights of a linear map in a block.
 
         Args:
             d_in: its features in.
             writes: what it returns is added to the residual stream.
         """
-        std = 1 / math.sqrt(d_in) if self.init == "unit" else 0.02
+        std = 1 / math.sqrt(d_in) if self.init == "fan_in" else 0.02
         return std / math.sqrt(2 * self.n_layer) if writes else std
 
     @classmethod
@@ -281,21 +277,16 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """``nn.Embedding`` that initializes to a normal of a given spread, also when built on the meta device.
-
-    Args:
-        rows: how many.
-        width: of each.
-        std: of the initial weights.
-    """
-
-    def __init__(self, rows: int, width: int, std: float = 0.02) -> None:
-        self.std = std  # as in Linear
-        super().__init__(rows, width)
+    """``nn.Embedding`` with GPT-2's initial spread."""
 
     def reset_parameters(self) -> None:
         """Normal weights."""
-        nn.init.normal_(self.weight, std=self.std)
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """``x`` (..., d) over its rows' root mean square; of such rows, the same again. Rows of zeros stay so."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-20)
 
 
 def machine_memory() -> float:
@@ -433,13 +424,12 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        learned, embed_std = config.position == "learned", 1.0 if config.init == "unit" else 0.02
-        self.tok_embed = Embedding(config.vocab_size, config.d_model, embed_std)
-        self.pos_embed = Embedding(config.block_size, config.d_model, embed_std) if learned else None
+        self.tok_embed = Embedding(config.vocab_size, config.d_model)
+        self.pos_embed = Embedding(config.block_size, config.d_model) if config.position == "learned" else None
         self.rope = Rope(config) if config.position == "rope" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = build_norm(config)
-        self.head = Linear(config.d_model, config.vocab_size, std=config.init_std(config.d_model))
+        self.head = Linear(config.d_model, config.vocab_size)
         if config.tied:
             self.head.weight = self.tok_embed.weight
 
@@ -476,6 +466,8 @@ class Transformer(nn.Module):
         if T > self.config.block_size:
             raise TaperlitError(f"{T} tokens are more than the model's context of {self.config.block_size}.")
         x = self.tok_embed(tokens)  # (B, T, d_model)
+        if self.config.embed_norm:
+            x = unit_rows(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed(torch.arange(T, device=tokens.device))
         for block in self.blocks:
@@ -493,6 +485,18 @@ class Transformer(nn.Module):
         """(B, T) float32 losses, one per target and 0 where it is -100; no graph is kept."""
         with torch.no_grad():
             return self(tokens, targets, chunk_tokens=chunk_tokens, reduction="none")
+
+    def token_table(self) -> Tensor:
+        """The embeddings of all tokens as the blocks are given them, ``embed_norm`` included: (vocab_size, d_model)."""
+        return unit_rows(self.tok_embed.weight) if self.config.embed_norm else self.tok_embed.weight
+
+    @torch.no_grad()
+    def fold_embed_norm(self) -> None:
+        """Put ``embed_norm`` into the table, in place, where there is one; a tied head then has a matrix of its own."""
+        if self.config.embed_norm:
+            weight = self.tok_embed.weight
+            self.tok_embed.weight = nn.Parameter(self.token_table(), weight.requires_grad)
+            self.config = replace(self.config, embed_norm=False)
 
     def num_parameters(self) -> int:
         """Parameters, shared ones once, the taper's second branch not at all: what the model has once folded."""

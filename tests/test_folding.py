@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,11 +37,14 @@ def tapered_to_zero(model, seed=0):
     bias=st.booleans(),
     mlp=st.sampled_from(["swiglu", "glu", "gelu", "relu"]),
     kv=st.sampled_from([1, 2]),
+    embed_norm=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_folded_computes_the_same_without_norms(norm, names, tied, how, bias, mlp, kv, dtype):
+def test_folded_computes_the_same_without_norms(norm, names, tied, how, bias, mlp, kv, embed_norm, dtype):
     torch.manual_seed(0)
-    config = TransformerConfig(60, 16, 2, 2, kv, 32, 48, norm=norm, tied=tied, bias=bias, mlp=mlp)
+    config = TransformerConfig(
+        60, 16, 2, 2, kv, 32, 48, norm=norm, tied=tied, bias=bias, mlp=mlp, embed_norm=embed_norm
+    )
     model = Transformer(config)
     taper(model, names)
     tapered_to_zero(model).to(dtype)
@@ -57,11 +61,51 @@ def test_folded_computes_the_same_without_norms(norm, names, tied, how, bias, ml
     assert not any("taper" in key for key in folded.state_dict())
     assert len(structure["identities"]) + len(structure["scales"]) == (5 if names == ["*"] else 4)
     assert bool(structure["scales"]) == (names == ["*"] and tied and how == "scale")
+    assert folded.config.embed_norm == (embed_norm and how == "scale")
+    assert structure["untied"] == ["head.weight"] * (tied and how == "untie" and (embed_norm or names == ["*"]))
     # and what its record describes is the same model
-    rebuilt = apply_structure(Transformer(config), structure).to(dtype).eval()
+    rebuilt = apply_structure(Transformer(replace(config, embed_norm=folded.config.embed_norm)), structure)
+    rebuilt = rebuilt.to(dtype).eval()
     rebuilt.load_state_dict(folded.state_dict())
     with torch.no_grad():
         assert torch.equal(rebuilt(tokens), folded(tokens))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_table_takes_the_norm_after_it(tied):
+    torch.manual_seed(0)
+    config = TransformerConfig(60, 16, 2, 2, 2, 32, 48, tied=tied, embed_norm=True)
+    model = Transformer(config)
+    model.tok_embed.weight.mul_(torch.logspace(-3, 3, 60)[:, None])  # rows of many sizes
+    before = model.tok_embed.weight.clone()
+    head = model.head.weight.clone()
+    taper(model, ["blocks.*"])
+    tapered_to_zero(model)
+    tokens = torch.arange(60).view(4, 15)
+    logits = copy.deepcopy(model).double()(tokens)
+    fold(model, lambda: model(tokens))
+    rows = before.double() / before.double().square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(model.tok_embed.weight.double(), rows, rtol=1e-6, atol=0)
+    assert torch.equal(model.head.weight, head)
+    assert largest_difference(logits, model.double()(tokens)) < 1e-5
+    # A model that is built anew divides its rows once more, which changes nothing.
+    again = Transformer(config)
+    again.head.weight = nn.Parameter(head.clone())
+    again.tok_embed.weight.copy_(rows)
+    assert largest_difference(again.double().token_table(), rows) < 1e-6
+
+
+def test_a_fold_that_fails_leaves_the_embedding_as_it_was():
+    model = Transformer(TransformerConfig(60, 16, 2, 2, 2, 32, 48, tied=True, embed_norm=True))
+    taper(model, ["*"])
+    tapered_to_zero(model)
+    model.blocks[0].attn_norm.register_forward_hook(lambda module, args, output: output.sin())
+    weight, config = model.tok_embed.weight, model.config
+    with pytest.raises(TaperlitError):
+        fold(model, lambda: model(torch.arange(16)[None]))
+    assert model.tok_embed.weight is weight is model.head.weight
+    assert model.config is config
 
 
 def test_the_algebra_in_float64():

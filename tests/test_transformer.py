@@ -250,31 +250,44 @@ def test_initialization_is_depth_scaled_and_survives_the_meta_device():
     assert model.blocks[3].attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_unit_init_keeps_features_of_size_one():
+def test_fan_in_keeps_the_size_of_features():
     torch.manual_seed(0)
-    config = TransformerConfig(vocab_size=512, block_size=64, n_layer=4, n_head=4, d_model=128, d_ff=384, init="unit")
+    config = TransformerConfig(512, 64, 4, 4, d_model=128, d_ff=384, init="fan_in", embed_norm=True)
     model = Transformer(config)
     inputs = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda _, args, out, name=name: inputs.update({name: (args[0], out)}))
-    logits = model(torch.randint(512, (4, 64)))
-    assert model.tok_embed.weight.std().item() == pytest.approx(1, rel=0.02)
-    assert logits.std().item() == pytest.approx(1, rel=0.1)
+    model(torch.randint(512, (4, 64)))
+    assert model.tok_embed.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    del inputs["head"]
     for name, (x, y) in inputs.items():
-        expected = x.square().mean().sqrt().item()  # each map keeps its input's size
+        expected = x.square().mean().sqrt().item()
         if name.endswith(("o_proj", "down_proj")):
-            expected /= math.sqrt(8)  # and the stream gets a part of it from each of 2 * 4 writers
+            expected /= math.sqrt(8)  # the stream gets a part of it from each of 2 * 4 writers
         assert y.square().mean().sqrt().item() == pytest.approx(expected, rel=0.15), name
 
 
-def test_unit_init_refuses_a_tied_head():
-    with pytest.raises(TaperlitError, match=r"init 'unit' needs a head .* set tied to false, or init to gpt2"):
-        TransformerConfig(init="unit", tied=True)
-    assert TransformerConfig(tied=False).init == "unit"
-    assert TransformerConfig(tied=True).init == "gpt2"
-    with pytest.raises(TaperlitError, match="init is 'he'"):
-        TransformerConfig(init="he")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_embed_norm_is_of_the_token_alone(tied, position):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=50, block_size=16, n_layer=2, n_head=2, d_model=32, d_ff=48, tied=tied, position=position)
+    model = Transformer(TransformerConfig(**shape, embed_norm=True)).double()
+    tokens, seen = torch.arange(15).view(1, 15), []
+    with torch.no_grad():
+        model.tok_embed.weight.mul_(torch.logspace(-3, 1, 50)[:, None])
+    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits = model(tokens)
+    rows = model.tok_embed.weight[tokens]
+    given = seen[0] if position == "rope" else seen[0] - model.pos_embed.weight[:15]
+    torch.testing.assert_close(given, rows / rows.square().mean(-1, keepdim=True).sqrt(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(given, model.token_table()[tokens])
+    # Without it, on the table, the same: and the head has the matrix as it is.
+    plain = Transformer(TransformerConfig(**{**shape, "tied": False})).double()
+    plain.load_state_dict({**model.state_dict(), "tok_embed.weight": model.token_table()})
+    torch.testing.assert_close(plain(tokens), logits)
 
 
 @pytest.mark.parametrize(

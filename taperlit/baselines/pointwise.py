@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from taperlit.baselines.embedding_scale import scale_embedding, token_embedding
 from taperlit.baselines.roles import Role, claim_norms
+from taperlit.errors import TaperlitError
 from taperlit.norm import NormKind
 from taperlit.structure import replace
+from taperlit.transformer import Transformer
 
 # DyT's alpha at first, in attention's norms and in all others, from a width on.
 _ALPHA = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
@@ -137,7 +139,8 @@ def apply_dyt(model: nn.Module, names: Iterable[str] = ("*",)) -> list[str]:
         The names of the norms that were replaced.
 
     Raises:
-        TaperlitError: no norm matches, one is of unknown use, or the model is tapered; it is then as it was.
+        TaperlitError: no norm matches, one is of unknown use, or the model is tapered or has an ``embed_norm``; it is
+            then as it was.
     """
 
     def build(kind: NormKind, role: Role, bias: bool, like: Tensor) -> DyT:
@@ -178,6 +181,11 @@ def _apply(
     who: str,
 ) -> list[str]:
     embedding = token_embedding(model)
+    if isinstance(model, Transformer) and model.config.embed_norm:
+        raise TaperlitError(
+            f"{who} trains a scalar after the embedding, which embed_norm would divide out again; set "
+            "model.overrides.embed_norm to false."
+        )
     norms = claim_norms(model, names, who)
     for name, (norm, role) in norms.items():
         like = next(norm.parameters(), embedding.weight)

@@ -217,7 +217,7 @@ def read_decoder(
         angles = torch.stack((model.rope.cos[:, : D // 2], model.rope.sin[:, : D // 2]), -1).to(device)
     return Decoder(
         config=config,
-        embed=model.tok_embed.weight.detach().to(device, dtype),
+        embed=model.token_table().detach().to(device, dtype),
         pos_embed=None if model.pos_embed is None else model.pos_embed.weight.detach().to(device, dtype),
         angles=angles,
         blocks=blocks,

@@ -1,5 +1,6 @@
 """GPT-2's and the Llama family's weights in our ``Transformer``, and back: one table of names per family."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -326,8 +327,8 @@ def as_causal_lm(model: Transformer) -> CausalLM:
     """A model of ours as ``transformers``' own: GPT-2, Llama, Qwen2, StarCoder2 or Mistral, whichever has its shape.
 
     Args:
-        model: plain, tapered, or folded. The result shares its memory but for GPT-2's matrices, which lie transposed:
-            train or fold only one of the two.
+        model: plain, tapered, or folded. The result shares its memory but for GPT-2's matrices, which lie transposed,
+            and a table with ``embed_norm``: train or fold only one of the two.
 
     Returns:
         The same function, on the same device and in the same dtype, in the model's mode; its logits were compared.
@@ -336,7 +337,8 @@ def as_causal_lm(model: Transformer) -> CausalLM:
         TaperlitError: ``transformers`` is not installed, or none of these has the model's shape; or something was
             put on the model that changes its logits.
     """
-    config = replace(model.config, tied=model.head.weight is model.tok_embed.weight)
+    source = _without_embed_norm(model)
+    config = replace(source.config, tied=source.head.weight is source.tok_embed.weight)
     family = next((family for family in FAMILIES if _fits(family, config)), None)
     if family is None:
         names = ("norm", "position", "mlp", "bias", "qkv_bias", "n_head", "n_kv_head", "d_head")
@@ -347,11 +349,22 @@ def as_causal_lm(model: Transformer) -> CausalLM:
         )
     origin = Origin("taperlit", {"config.json": json.dumps(family.write(config))})
     theirs = build_hollow(lambda: build_pretrained(origin))
-    _move(model, theirs.lm, [(several, (name,)) for name, several in family.pairs(config.n_layer)], family)
+    _move(source, theirs.lm, [(several, (name,)) for name, several in family.pairs(config.n_layer)], family)
     if family.rotary is not None:
         _check_rotary(model, theirs.lm.get_submodule(family.rotary))
     _check_logits(model, theirs.lm)
     return theirs.train(model.training)
+
+
+def _without_embed_norm(model: Transformer) -> Transformer:
+    """The same function where no norm is between the embedding and the blocks; all but the table is the model's."""
+    if not model.config.embed_norm:
+        return model
+    made, embedding = copy.copy(model), copy.copy(model.tok_embed)
+    embedding._parameters = dict(embedding._parameters)
+    made._modules = {**model._modules, "tok_embed": embedding}
+    made.fold_embed_norm()
+    return made
 
 
 def _fits(family: Family, config: TransformerConfig) -> bool:

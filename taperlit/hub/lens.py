@@ -225,7 +225,7 @@ def hooked_state(model: Transformer) -> dict[str, Tensor]:
     Raises:
         TaperlitError: the MLP has biases that TransformerLens' has not.
     """
-    state = {"embed.W_E": model.tok_embed.weight}
+    state = {"embed.W_E": model.token_table()}
     if model.pos_embed is not None:
         state["pos_embed.W_pos"] = model.pos_embed.weight
     for i in range(model.config.n_layer):

@@ -159,3 +159,16 @@ def test_what_cannot_be_replaced_is_refused_and_left_as_it_was():
         apply_dyt(nn.Sequential(nn.LayerNorm(4)))
     with pytest.raises(TaperlitError, match=r"Which of 0, 1 embeds"):
         apply_derf(nn.Sequential(nn.Embedding(3, 4), nn.Embedding(3, 4), nn.LayerNorm(4)))
+
+
+@pytest.mark.parametrize("apply", [apply_dyt, apply_derf])
+def test_a_norm_that_would_undo_the_scalar_is_refused(apply):
+    shape = dict(vocab_size=30, block_size=8, n_layer=1, n_head=1, d_model=8, d_ff=8)
+    model = Transformer(TransformerConfig(**shape, embed_norm=True))
+    before = str(model)
+    with pytest.raises(
+        TaperlitError, match=r"embed_norm would divide out again; set model\.overrides\.embed_norm to false"
+    ):
+        apply(model)
+    assert str(model) == before
+    apply(Transformer(TransformerConfig(**shape, embed_norm=False)))  # as it advises

@@ -79,6 +79,15 @@ def test_tokens_of_every_mlp_are_those_of_full_passes(mlp, kind, backend):
     assert engine.generate(prompts, 10) == [greedy(model, prompt, 10) for prompt in prompts]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_rows_are_divided_once_and_for_all(tied, kind):
+    model = build(kind, tied=tied, embed_norm=True)
+    prompts = prompts_of([5, 1, 9])
+    engine = Engine(model, batch_size=3, backend="eager", layout="rows", rms_form="fused")
+    assert engine.generate(prompts, 10) == [greedy(model, prompt, 10) for prompt in prompts]
+
+
 @pytest.mark.parametrize("g", [0.8, 0.4, 0.1])
 def test_norms_with_gates_of_their_own(g):
     """At 0.8 some are still norms, at 0.1 some are linear already."""

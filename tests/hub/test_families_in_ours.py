@@ -1,5 +1,7 @@
 """``transformers``' models as ours and back: same logits, same tokens, or one line that says what ours has not."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -315,10 +317,12 @@ def test_adapters_are_to_be_merged_first():
     d_head=st.sampled_from([None, 10]),
     d_model=st.sampled_from([24, 32]),
     scaled=st.booleans(),
+    embed_norm=st.booleans(),
+    init=st.sampled_from(["gpt2", "fan_in"]),
 )
 @torch.no_grad()
 def test_any_shape_of_ours_is_one_of_theirs_or_refused(
-    norm, position, mlp, bias, qkv_bias, tied, kv, d_head, d_model, scaled
+    norm, position, mlp, bias, qkv_bias, tied, kv, d_head, d_model, scaled, embed_norm, init
 ):
     scaling = {key: value for key, value in LLAMA3.items() if not key.startswith("rope_")}
     torch.manual_seed(0)
@@ -329,6 +333,7 @@ def test_any_shape_of_ours_is_one_of_theirs_or_refused(
             d_model=d_model,
             d_head=d_head if d_model % 3 == 0 else 10,
             rope_scaling=scaling if scaled and position == "rope" else None,
+            **dict(embed_norm=embed_norm, init=init),
         )
     ).eval()
     for parameter in model.parameters():
@@ -352,7 +357,11 @@ def test_any_shape_of_ours_is_one_of_theirs_or_refused(
     theirs = as_causal_lm(model)
     ids = torch.arange(24)[None] * 7 % 50
     assert largest_difference(model(ids), theirs(ids)) < 1e-5
-    assert as_transformer(theirs).config == model.config
+    assert as_transformer(theirs).config == dataclasses.replace(
+        model.config, embed_norm=False, tied=tied and not embed_norm
+    )
+    assert model.config.embed_norm == embed_norm
+    assert (model.head.weight is model.tok_embed.weight) == tied
 
 
 def test_what_comes_out_is_saved_and_loaded_by_transformers(tmp_path):

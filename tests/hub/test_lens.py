@@ -29,6 +29,8 @@ SHAPES = {
     "rotary, gated, stretched": dict(rope_theta=500.0, rope_scaling=LLAMA3, d_head=8, qkv_bias=True),
     "gpt2, untied": dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tied=True),
     "relu": dict(mlp="relu", d_ff=48),
+    "embed_norm": dict(tied=True, embed_norm=True),
+    "embed_norm, its final map kept": dict(tied=True, embed_norm=True),
     "gpt2, its final map kept": dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tied=True),
 }
 

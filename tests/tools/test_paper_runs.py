@@ -137,12 +137,18 @@ def test_every_leaf_counts():
     assert len(hashes) == 1 + sum(1 for _ in leaves(settings))
 
 
+def test_no_norm_undoes_the_peers_scale():
+    for variant in runs.POLICIES:
+        overrides = Run("nano_unit", "gcide", variant, 0, 2).settings()["config"]["model"]["overrides"]
+        assert overrides["embed_norm"] == (variant not in ("dyt", "derf"))
+        assert "embed_norm" not in Run("nano", "gcide", variant, 0, 2).settings()["config"]["model"]["overrides"]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_have_the_steps_that_their_tokens_ask_for(size):
     shape = SIZES[size].shape
     d, f, v, n = shape["d_model"], shape["d_ff"], shape["vocab_size"], shape["n_layer"]
-    tables = 1 if shape["tied"] else 2
-    assert SIZES[size].parameters == tables * v * d + n * (4 * d * d + 3 * d * f + 2 * d) + d
+    assert SIZES[size].parameters == v * d + n * (4 * d * d + 3 * d * f + 2 * d) + d
     for length in (0.5, 2, 5, 10, 20, 40):
         steps, every = SIZES[size].length(length)
         wanted = length * SIZES[size].parameters / SIZES[size].tokens_per_step

@@ -6,6 +6,7 @@ from typing import Any
 
 from paper_harness.missing import dials, missing
 from paper_harness.records import PICK, Record, StoredRun, grouped, not_drawn, read_records, seeds_of
+from paper_harness.runs import EMBEDDING_SCALE
 from paper_harness.sections import decode, finetune, gradnorm, ideas, length, logit_chasing, pretrain, schedule, short
 from paper_harness.tables import Section, markdown, write_csv
 
@@ -139,8 +140,8 @@ def _data(runs: Sequence[StoredRun]) -> list[str]:
         f"The taper is the paper's throughout, but where `schedule` says otherwise: {dials()}. Text, size and length "
         "are not; hold signs and orders against the paper's, not digits. A seed fixes the initial weights and the "
         "order of the data for every variant, so that gaps are of pairs. DyT and Derf begin with a scalar of "
-        "100 after embeddings of GPT-2's initial size, since from the authors' sqrt(d_model) they learn nothing at "
-        "nano's width. The sizes named `_unit` have a head of their own and unit initial weights.",
+        f"{EMBEDDING_SCALE:g} after the embedding, since from the authors' sqrt(d_model) they learn nothing at nano's "
+        "width. The sizes named `_unit` are the same models with `embed_norm` and `init: fan_in`.",
         "",
         *markdown(header, rows, left=3),
     ]

@@ -53,6 +53,10 @@ FAKELN = {
     "start": 0.067, "mlp": 0.08, "qk": 0.08, "v": 0.12, "final": None,
     "sigma": "moving", "halves": True, "aux_weight": 0.1,
 }  # fmt: skip
+# DyT's and Derf's scalar after the embedding at first. The authors' sqrt(d_model) is for widths of 1024 and more; from
+# nano's 6.9 neither learns more than how often each token occurs. DyT's validation loss at 2 tokens per parameter, seed
+# 0: 5.790 at 6.9 and 20 (at 6.9 with learning rates of 5e-4, 1e-3 and 2e-3 too), 5.328 at 50, 4.868 at 100 and at 300.
+EMBEDDING_SCALE = 100.0
 POLICIES = {
     "baseline": "none",
     "internal": "internal",
@@ -99,8 +103,8 @@ class Run:
         lr = size.lr if self.lr is None else self.lr
         config = _config(size, self.corpus, self.variant, self.seed, steps, every, lr, {**PAPER, **self.method})
         more: dict[str, Any] = {} if self.draw is None else {"draw": self.draw}
-        if self.variant in ("dyt", "derf") and size.embedding_scale is not None:
-            more["embedding_scale"] = size.embedding_scale
+        if self.variant in ("dyt", "derf"):
+            more["embedding_scale"] = EMBEDDING_SCALE
         tapered = self.variant != "baseline"
         idea = self.idea if self.idea is None or tapered else ideas.of_the_model(self.idea)
         if idea is not None:
@@ -147,7 +151,7 @@ def _config(
         "seed_everything": seed,
         "model": {
             "preset": "small_1m",  # of which the overrides leave nothing
-            "overrides": dict(size.shape),
+            "overrides": _shape(size, variant),
             "taper": POLICIES[variant],
             "lr": lr,
             "betas": [0.9, 0.95],
@@ -175,6 +179,12 @@ def _config(
         },
         "taper": _callbacks(variant, method),
     }
+
+
+def _shape(size: Size, variant: str) -> dict[str, Any]:
+    """The size's, but that a norm after the embedding would undo what DyT and Derf have there."""
+    without = {"embed_norm": False} if variant in ("dyt", "derf") and "embed_norm" in size.shape else {}
+    return {**size.shape, **without}
 
 
 def _callbacks(variant: str, method: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +220,6 @@ def fit_config(
     """
     config: dict[str, Any] = json.loads(json.dumps(settings["config"]))
     config["model"] |= {"compile": compiled}
-    config["model"]["overrides"].setdefault("init", "gpt2")  # as it was before there was a choice
     config["data"] |= {**corpus.place_options(settings["corpus"]), "num_workers": 0}
     logger = {"save_dir": str(work), "name": "run"}
     config["trainer"] |= {
