@@ -46,7 +46,8 @@ def go(home, name, ranks=1, batch=4, accumulate=1, extra=(), setup=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAPERLIT_CACHE", str(home / "cache"))
         extra = [f"--data.batch_size={batch}", f"--trainer.accumulate_grad_batches={accumulate}",
-                 f"--trainer.val_check_interval={12 * accumulate}", f"--trainer.devices={ranks}", *extra]  # fmt: skip
+                 f"--trainer.val_check_interval={12 * accumulate}", f"--trainer.devices={ranks}",
+                 "--model.overrides.embed_norm=true", *extra]  # fmt: skip
         Run(fit_args(home, home / "corpus", *extra, name=name), home, ranks, setup).succeed()
     return home / name / "version_0"
 

@@ -116,7 +116,7 @@ def short(options: Options) -> list[Run]:
         corpus = dice.choice(size.draw_corpora)
         length = round(steps * size.tokens_per_step / size.parameters, 3)
         for idea in (None, *(options.ideas or ())):
-            for variant in options.pick(("baseline", "internal", "all_aux")):
+            for variant in options.pick(("baseline", "internal_aux", "all_aux")):
                 found.append(Run(options.size, corpus, variant, draw, length, float(f"{lr:.2g}"), idea=idea, draw=draw))
     return found
 
