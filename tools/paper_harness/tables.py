@@ -71,7 +71,9 @@ def few(n: int) -> str:
 
 
 def percent(value: float) -> str:
-    """A gap: two digits after the point, fewer once it is large."""
+    """A gap: two digits after the point, fewer once it is large, and past a thousand percent its power of ten."""
+    if abs(value) >= 10:
+        return f"{100 * value:+.0e}%"
     return f"{value:+.2%}" if abs(value) < 1 else f"{value:+.0%}"
 
 
