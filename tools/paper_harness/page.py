@@ -50,7 +50,12 @@ def write_report(out: Path) -> None:
     runs = [StoredRun(record) for record in read_records(out / "runs")]
     sections = [_section(name, PICK[name](runs) if name in PICK else [], out) for name in NAMES]
     texts = [_write(section, out) for section in sections]
-    page = [*_head(sections), *_data([run for run in not_drawn(runs) if not run.idea]), *(line for text in texts for line in text), *_rest(runs, out)]
+    page = [
+        *_head(sections),
+        *_data([run for run in not_drawn(runs) if not run.idea]),
+        *(line for text in texts for line in text),
+        *_rest(runs, out),
+    ]
     (out / "README.md").write_text("\n".join(page) + "\n")
 
 
