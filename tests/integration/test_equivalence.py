@@ -79,7 +79,9 @@ def test_same_run(home, one, way):
         assert {value for _, value in got["taper/gate"]} == {value for _, value in expected["taper/gate"]}
         tags.append("taper/pre_logit_rms")
     for tag in tags:
-        assert [v for _, v in got[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-5), tag
+        # The scale loss is the square of a small difference of two numbers that are compared themselves.
+        least = 1e-8 if tag == "train/scale_loss" else 1e-12
+        assert [v for _, v in got[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-5, abs=least), tag
     if way.partition(",")[0] == "fsdp":  # saves nothing on the CPU, but logs every c
         for tag in (tag for tag in expected if tag.startswith("taper/alignment/")):
             assert got[tag][-1][1] == pytest.approx(expected[tag][-1][1], rel=1e-5), tag
