@@ -301,11 +301,12 @@ def _watch(model: nn.Module, runs: Iterable[Run], keep: bool = True) -> tuple[Wa
 
 def _fold_embed_norms(model: nn.Module, structure: Structure) -> None:
     """Divide the embeddings' rows once and for all; the outputs in the model's own precision tell that it was right."""
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, Transformer) and module.config.embed_norm:
-            if module.head.weight is module.tok_embed.weight:
-                structure["untied"].append(f"{plain_name(name)}.head.weight".lstrip("."))
+            weight = module.tok_embed.weight
             module.fold_embed_norm()
+            named = model.named_parameters(remove_duplicate=False)
+            structure["untied"] += [plain_name(name) for name, parameter in named if parameter is weight]
 
 
 def _untie(model: nn.Module, feeds: dict[str, Feeds], structure: Structure) -> bool:

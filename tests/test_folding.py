@@ -96,6 +96,35 @@ def test_the_table_takes_the_norm_after_it(tied):
     assert largest_difference(again.double().token_table(), rows) < 1e-6
 
 
+def test_every_module_that_shared_the_table_has_a_matrix_of_its_own():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Transformer(TransformerConfig(60, 16, 1, 2, 2, 32, 48, tied=True, embed_norm=True))
+            self.other = nn.Linear(32, 60, bias=False)
+            self.other.weight = self.model.head.weight
+
+        def forward(self, tokens):
+            return self.model(tokens), self.other(self.model.tok_embed(tokens))
+
+    model, tokens = Two(), torch.arange(60).view(4, 15)
+    taper(model, ["model.blocks.*"])
+    tapered_to_zero(model)
+    with torch.no_grad():
+        model.model.tok_embed.weight.mul_(torch.logspace(-1, 1, 60)[:, None])
+    # The other reads the rows undivided, which the table no more has: told, and nothing changed.
+    weight = model.other.weight
+    with pytest.raises(TaperlitError):
+        fold(model, lambda: model(tokens))
+    assert model.model.tok_embed.weight is model.model.head.weight is model.other.weight is weight
+    structure = fold(model, lambda: model.model(tokens), untouched=["other.*"])
+    assert sorted(structure["untied"]) == ["model.head.weight", "other.weight"]
+    rebuilt = Two()
+    rebuilt.model.config = model.model.config
+    apply_structure(rebuilt, structure).load_state_dict(model.state_dict())
+    assert torch.equal(rebuilt.eval().model(tokens), model.model(tokens))
+
+
 def test_a_fold_that_fails_leaves_the_embedding_as_it_was():
     model = Transformer(TransformerConfig(60, 16, 2, 2, 2, 32, 48, tied=True, embed_norm=True))
     taper(model, ["*"])
