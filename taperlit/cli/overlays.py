@@ -1,5 +1,6 @@
-"""What a later option takes back that an earlier ``--config`` set."""
+"""How one ``--config`` lies over another: which fields it keeps, and what it takes back."""
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,29 @@ from typing import Any
 import yaml
 
 Leaves = dict[tuple[str, ...], Any]  # values by the path of keys to them
+FIELDS = ("model", "overrides")  # a mapping that the parser takes for one value
+
+
+def keep_fields(args: Sequence[str]) -> list[str]:
+    """The same arguments where a ``--config`` changes single fields of ``model.overrides``, as of all other options.
+
+    The parser would have it replace the mapping whole. So the fields that were given before, and that the file does not
+    name, are given again after it.
+
+    Args:
+        args: the command's arguments.
+    """
+    kept: list[str] = []
+    fields: dict[str, Any] = {}
+    for taken, name, leaves in _walk(args):
+        kept += taken
+        mine = {path[2]: value for path, value in leaves.items() if path[:2] == FIELDS and len(path) > 2}
+        if FIELDS in leaves:  # null, or no mapping
+            fields = {}
+        elif name is not None and mine:
+            kept += [f"--{'.'.join(FIELDS)}.{key}={json.dumps(fields[key])}" for key in fields.keys() - mine.keys()]
+        fields |= mine
+    return kept
 
 
 def without_effect(args: Sequence[str], gathered: Collection[str] = ()) -> list[str]:
@@ -44,20 +68,24 @@ def _taken_by(path: tuple[str, ...], value: Any, later: list[tuple[str | None, L
 
 def _given(args: Sequence[str]) -> Iterator[tuple[str | None, Leaves]]:
     """Files with their names, and other options without, in the order in which they are applied."""
+    return ((name, leaves) for _, name, leaves in _walk(args) if leaves or name is not None)
+
+
+def _walk(args: Sequence[str]) -> Iterator[tuple[list[str], str | None, Leaves]]:
+    """The arguments of each option, the file's name where it is one, and the values that it sets."""
     waiting = [*args]
     while waiting:
-        key, equals, value = waiting.pop(0).partition("=")
-        if not key.startswith("--") or key.endswith("+"):  # an appended value takes nothing back
-            continue
-        if not equals:
-            if not waiting or waiting[0].startswith("--"):
-                continue
-            value = waiting.pop(0)
-        if key == "--config":
-            yield value, _leaves(_read(value))
+        taken = [waiting.pop(0)]
+        key, equals, value = taken[0].partition("=")
+        if key.startswith("--") and not equals and waiting and not waiting[0].startswith("--"):
+            taken.append(value := waiting.pop(0))
+        if not key.startswith("--") or key.endswith("+") or (not equals and len(taken) == 1):
+            yield taken, None, {}  # among them an appended value, which takes nothing back
+        elif key == "--config":
+            yield taken, value, _leaves(_read(value))
         else:
             path = tuple(part for part in key.removeprefix("--").split(".") if part != "init_args")
-            yield None, _leaves(_loaded(value), path)
+            yield taken, None, _leaves(_loaded(value), path)
 
 
 def _read(name: str) -> Any:

@@ -24,7 +24,7 @@ from taperlit.callbacks.predictions import PredictionWriter
 from taperlit.checkpoint.sizes import check_memory
 from taperlit.cli.claim import claimed_folder
 from taperlit.cli.options import OneLineErrors
-from taperlit.cli.overlays import without_effect
+from taperlit.cli.overlays import keep_fields, without_effect
 from taperlit.cli.quiet import quiet
 from taperlit.cli.resume import KEYWORDS, check, find_last, look_into
 from taperlit.cli.signals import ToldToStop, how
@@ -40,7 +40,11 @@ from taperlit.training.trainer import Trainer
 
 
 class TrainerParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser with errors of one line."""
+    """LightningCLI's parser with errors of one line, and overlays that change single fields of the model."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As the parser's own."""
+        return super().parse_args(keep_fields(sys.argv[1:] if args is None else args), *rest, **kwargs)
 
 
 class RunRecord(SaveConfigCallback):

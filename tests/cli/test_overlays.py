@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from test_configs import parse
 
 from taperlit.cli.overlays import without_effect
 
@@ -54,3 +55,33 @@ def test_what_adds_up_takes_nothing_back(tmp_path):
     args = ["--config", str(tmp_path / "a.yaml"), "--prompt", "two"]
     assert len(without_effect(args)) == 1
     assert without_effect(args, gathered=["prompt"]) == []
+
+
+def shape(tmp_path, *args):
+    """The model's shape that a command with these options would build; texts with a colon are files."""
+    files = [arg for arg in args if ":" in arg]
+    for i, text in enumerate(files):
+        (tmp_path / f"{i}.yaml").write_text(text)
+    given = [f"--config={tmp_path / f'{files.index(arg)}.yaml'}" if arg in files else arg for arg in args]
+    return parse(*given).model.overrides
+
+
+SIZES = "model: {preset: small_1m, overrides: {d_model: 32, d_ff: 48, bias: true}}"
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([SIZES], {"d_model": 32, "d_ff": 48, "bias": True}),
+        ([SIZES, "model: {overrides: {d_ff: 64, mlp: glu}}"], {"d_model": 32, "d_ff": 64, "bias": True, "mlp": "glu"}),
+        (["--model.overrides.d_model=48", SIZES], {"d_model": 32, "d_ff": 48, "bias": True}),
+        (["--model.overrides.n_head", "2", SIZES], {"n_head": 2, "d_model": 32, "d_ff": 48, "bias": True}),
+        ([SIZES, "--model.overrides.d_ff=64"], {"d_model": 32, "d_ff": 64, "bias": True}),
+        ([SIZES, "model: {overrides: null}"], None),
+        ([SIZES, "model: {overrides: null}", "model: {overrides: {mlp: glu}}"], {"mlp": "glu"}),
+        ([SIZES, "--model.overrides=null", "model: {overrides: {mlp: glu}}"], {"mlp": "glu"}),
+        ([SIZES, "model: {lr: 1.0e-3}"], {"d_model": 32, "d_ff": 48, "bias": True}),
+    ],
+)
+def test_an_overlay_changes_single_fields_of_the_shape(tmp_path, args, expected):
+    assert shape(tmp_path, *args) == expected
