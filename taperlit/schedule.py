@@ -39,9 +39,13 @@ def gate_at(step: int, warmup: int, end: int, shape: str = "cosine") -> float:
     return 1.0 - progress if shape == "linear" else (1.0 + math.cos(math.pi * progress)) / 2
 
 
-def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
-    """Learning-rate factor after ``step`` finished steps: up linearly to 1, then along a cosine to ``floor``."""
+def warmup_cosine(step: int, warmup: int, total: int, floor: float, decay_start: int = 0) -> float:
+    """Learning-rate factor after ``step`` finished steps: up linearly to 1, then along a cosine to ``floor``.
+
+    Where ``decay_start`` is after the warm-up, the factor stays 1 to that step: warm-up, stable, decay.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    start = max(warmup, decay_start)
+    progress = min(1.0, max(0, step - start) / max(1, total - start))
     return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2

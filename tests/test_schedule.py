@@ -55,3 +55,13 @@ def test_learning_rate_warms_up_linearly_and_ends_at_its_floor():
         cosine.optimizer.step()
         cosine.step()
     assert warmup_cosine(0, 0, 10, 0.1) == 1.0
+
+
+def test_learning_rate_stays_at_its_peak_until_the_decay_starts():
+    factors = [warmup_cosine(step, 10, 100, 0.1, 60) for step in range(101)]
+    assert factors[:10] == [warmup_cosine(step, 10, 100, 0.1) for step in range(10)]
+    assert factors[10:61] == [1.0] * 51
+    assert factors[60:] == [warmup_cosine(step, 0, 40, 0.1) for step in range(41)]
+    within_the_warmup = [warmup_cosine(step, 10, 100, 0.1, 5) for step in range(101)]
+    assert within_the_warmup == [warmup_cosine(step, 10, 100, 0.1) for step in range(101)]
+    assert warmup_cosine(100, 10, 100, 0.1, 100) == 1.0

@@ -30,7 +30,7 @@ SET_AT_THE_START = {
     "fakeln": ("aux_weight", "end_of_text"),
 }
 # What takes effect from the next step on, and is told.
-APPLIED = ["lr", "betas", "weight_decay", "warmup", "min_lr_ratio"]
+APPLIED = ["lr", "betas", "weight_decay", "warmup", "min_lr_ratio", "decay_start"]
 APPLIED += ["chunk_tokens", "compile", "activation_checkpointing"]
 
 

@@ -56,6 +56,8 @@ class LanguageModel(L.LightningModule):
         weight_decay: of AdamW; norms, biases and embeddings get none.
         warmup: linear warm-up, in steps (int) or as a fraction of ``trainer.max_steps`` (float).
         min_lr_ratio: the cosine ends at this fraction of ``lr``.
+        decay_start: where the cosine begins, in steps (int) or as a fraction of ``trainer.max_steps`` (float); 0 is the
+            warm-up's end. With ``0.5`` the learning rate stays at its peak for the first half of the run.
         chunk_tokens: tokens whose logits are held at once.
         compile: compile each block with ``torch.compile`` for training. Evaluation stays eager: its other shapes and
             modes would each add a graph, where a run needs one per phase of the gate.
@@ -67,7 +69,8 @@ class LanguageModel(L.LightningModule):
         taper_bias: give the linear branch of tapered norms a trained bias where the norm has none, as RMSNorms; folded,
             the maps that they feed have biases.
 
-    A resumed run takes ``lr``, ``betas``, ``weight_decay``, ``warmup`` and ``min_lr_ratio`` as they are given then.
+    A resumed run takes ``lr``, ``betas``, ``weight_decay``, ``warmup``, ``min_lr_ratio`` and ``decay_start`` as
+    they are given then.
 
     Raises:
         TaperlitError: no such preset, policy or override, a pretrained model that cannot be read, or a value out of its
@@ -91,6 +94,7 @@ class LanguageModel(L.LightningModule):
         lora: Lora | None = None,
         remote_code: bool = False,
         taper_bias: bool = False,
+        decay_start: int | float = 0,
     ) -> None:
         super().__init__()
         require_range("model.chunk_tokens", chunk_tokens, least=1)
@@ -100,6 +104,7 @@ class LanguageModel(L.LightningModule):
         require_range("model.weight_decay", weight_decay, least=0)
         require_steps("model.warmup", warmup)
         require_range("model.min_lr_ratio", min_lr_ratio, least=0, most=1)
+        require_steps("model.decay_start", decay_start)
         self.save_hyperparameters()
         self.hparams.lora = None if lora is None else asdict(lora)  # a checkpoint holds plain data alone
         check_policy(taper)
@@ -285,8 +290,9 @@ class LanguageModel(L.LightningModule):
         warmup = resolve_steps(self.hparams.warmup, total, "model.warmup")
         if total < 1:
             raise TaperlitError("Set trainer.max_steps: the learning rate's cosine ends there.")
+        start = resolve_steps(self.hparams.decay_start, total, "model.decay_start")
         h = self.hparams
-        return adamw.Settings(h.lr, tuple(h.betas), h.weight_decay, warmup, total, h.min_lr_ratio)
+        return adamw.Settings(h.lr, tuple(h.betas), h.weight_decay, warmup, total, h.min_lr_ratio, start)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note that the optimizer will be a checkpoint's, and refuse one of a model with other parameters.

@@ -22,6 +22,7 @@ class Settings(NamedTuple):
         warmup: steps of the linear warm-up.
         total: step at which the cosine ends.
         min_lr_ratio: it ends at this fraction of ``lr``.
+        decay_start: step at which the cosine begins, if it is after the warm-up.
     """
 
     lr: float
@@ -30,6 +31,7 @@ class Settings(NamedTuple):
     warmup: int
     total: int
     min_lr_ratio: float
+    decay_start: int = 0
 
 
 def build(model: nn.Module, settings: Settings, fused: bool) -> tuple[AdamW, LambdaLR]:
@@ -72,7 +74,7 @@ def apply_settings(optimizer: Optimizer, schedule: LambdaLR, settings: Settings)
 
 
 def _factor(step: int, settings: Settings) -> float:
-    return warmup_cosine(step, settings.warmup, settings.total, settings.min_lr_ratio)
+    return warmup_cosine(step, settings.warmup, settings.total, settings.min_lr_ratio, settings.decay_start)
 
 
 def _groups(

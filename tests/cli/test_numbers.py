@@ -41,6 +41,7 @@ WRONG = [
     (LanguageModel, MODEL, "model.betas[0]", "betas", [(-0.1, 0.9), (1.0, 0.9), (NAN, 0.9)]),
     (LanguageModel, MODEL, "model.betas[1]", "betas", [(0.9, 1.5), (0.9, -1.0)]),
     (LanguageModel, MODEL, "model.warmup", "warmup", [-1, -0.5, 1.5, NAN]),
+    (LanguageModel, MODEL, "model.decay_start", "decay_start", [-1, -0.5, 1.5, NAN]),
     (LanguageModel, MODEL, "model.weight_decay", "weight_decay", [-1.0, NAN]),
     (LanguageModel, MODEL, "model.min_lr_ratio", "min_lr_ratio", [-0.1, 1.1, NAN]),
     (LanguageModel, MODEL, "model.chunk_tokens", "chunk_tokens", [0]),

@@ -80,19 +80,21 @@ def test_what_is_given_on_resume_is_applied_from_the_next_step_on(tmp_path, text
         assert lr == pytest.approx(1e-3 * warmup_cosine(step, 4, 10, 0.1), rel=1e-5)
     saved = read_checkpoint(run / "checkpoints/last.ckpt")["optimizer_states"][0]
     given = ["--model.lr=2e-4", "--model.warmup=12", "--model.min_lr_ratio=0.5", "--model.weight_decay=0.3",
-             "--model.betas=[0.8,0.9]", "--model.chunk_tokens=64", "--trainer.max_steps=16"]  # fmt: skip
+             "--model.betas=[0.8,0.9]", "--model.chunk_tokens=64", "--model.decay_start=13",
+             "--trainer.max_steps=16"]  # fmt: skip
     caplog.clear()
     assert fit(tmp_path, text, *begin[:-1], *LAST, *given) == run
     rates = learning_rates(run)
     assert [step for step in rates if step >= 10] == [*range(10, 16)]
     for step in range(10, 16):
-        assert rates[step] == pytest.approx(2e-4 * warmup_cosine(step, 12, 16, 0.5), rel=1e-5)
+        assert rates[step] == pytest.approx(2e-4 * warmup_cosine(step, 12, 16, 0.5, 13), rel=1e-5)
     decay, keep = read_checkpoint(run / "checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
     assert tuple(decay["betas"]) == tuple(keep["betas"]) == (0.8, 0.9)
     assert [group["params"] for group in (decay, keep)] == [group["params"] for group in saved["param_groups"]]
     (told,) = [record.message for record in caplog.records if record.message.startswith("From step 11 on: ")]
-    for option in ("lr 0.0002 (before: 0.001)", "warmup 12", "min_lr_ratio", "weight_decay", "betas", "chunk_tokens"):
+    for option in ("lr 0.0002 (before: 0.001)", "warmup 12", "min_lr_ratio", "decay_start 13", "weight_decay", "betas",
+                   "chunk_tokens"):  # fmt: skip
         assert f"model.{option}" in told
     assert "trainer.max_steps 16 (before: 10), and the gate keeps its steps" in told
 

@@ -64,13 +64,14 @@ def test_unchanged_settings_change_no_bit(after):
     warmup=st.integers(0, 15),
     total=st.integers(13, 40),
     floor=st.floats(0, 1),
+    start=st.integers(0, 40),
 )
-def test_every_rate_after_a_resume_is_the_formulas(after, lr, warmup, total, floor):
-    settings = Settings(lr, (0.5, 0.6), 0.2, warmup, total, floor)
+def test_every_rate_after_a_resume_is_the_formulas(after, lr, warmup, total, floor, start):
+    settings = Settings(lr, (0.5, 0.6), 0.2, warmup, total, floor, start)
     _, (again, optimizer, schedule) = resumed(after, settings)
     assert schedule.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
     for number, rates in enumerate(steps(again, optimizer, schedule, 4, after), after):
-        assert rates == [pytest.approx(lr * warmup_cosine(number, warmup, total, floor))] * 2
+        assert rates == [pytest.approx(lr * warmup_cosine(number, warmup, total, floor, start))] * 2
     decay, keep = optimizer.param_groups
     assert (decay["weight_decay"], keep["weight_decay"]) == (0.2, 0.0)
     assert decay["betas"] == keep["betas"] == (0.5, 0.6)

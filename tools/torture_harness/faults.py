@@ -15,6 +15,7 @@ FIT: dict[str, tuple[str, ...]] = {
     "model.betas": ("[2,0.9]", "[-1,0.9]", "[0.9]", "x"),
     "model.weight_decay": NUMBERS,
     "model.warmup": ("-1", "-0.5", "nan", "x"),
+    "model.decay_start": ("-1", "-0.5", "nan", "x"),
     "model.min_lr_ratio": ("-1", "2", "nan"),
     "model.chunk_tokens": ("0", "-1", "1.5"),
     "model.taper": ("some", "3"),
