@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train one config under several taper overlays and seeds, and print each overlay's final validation loss.
 
-    tools/compare_taper.py --overlays baseline internal_aux --seeds 0 1 2
+    tools/compare_taper.py --overlays baseline internal_aux internal_aux+paper --seeds 0 1 2
 
-Every run of a seed has the same steps, data order and initial weights. The table goes to --out, as Markdown.
+Every run of a seed has the same steps and data order, and of one shape the same initial weights. The table goes to --out, as Markdown.
 """
 
 import argparse
@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def final_loss(config: str, overlay: str, seed: int, runs: Path, extra: list[str]) -> float:
-    """Train once; return the last validation loss."""
+    """Train once under an overlay, or several joined by "+"; return the last validation loss."""
     name = f"{Path(config).stem}-{overlay}-seed{seed}"
     command = [sys.executable, "-m", "taperlit", "fit", "--config", config]
-    command += ["--config", str(ROOT / f"configs/taper/{overlay}.yaml")]
+    for one in overlay.split("+"):
+        command += ["--config", str(ROOT / f"configs/taper/{one}.yaml")]
     command += [f"--seed_everything={seed}", f"--data.seed={seed}", "--trainer.enable_progress_bar=false"]
     command += [f"--trainer.logger.save_dir={runs}", f"--trainer.logger.name={name}", *extra]
     print(shlex.join(command), file=sys.stderr, flush=True)

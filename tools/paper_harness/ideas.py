@@ -34,6 +34,7 @@ def _mlp(kind: str) -> dict[str, Any]:
 IDEAS: dict[str, dict[str, Any]] = {
     "end_80": _option("gate", end=0.8),
     "end_100": _option("gate", end=1.0),
+    "early": _option("gate", warmup=0.02, end=0.12),
     "warmup_20": _option("gate", warmup=0.2, end=0.8),
     "warmup_auto": _option("gate", warmup="auto", end=0.8),
     "linear": _option("gate", shape="linear"),
@@ -57,6 +58,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "gelu": _mlp("gelu"),
     "relu": _mlp("relu"),
     # What won, one at a time, together.
+    "early_bias": merged(_option("gate", warmup=0.02, end=0.12), {"model": {"taper_bias": True}}),
     "gelu_tail": merged(_mlp("gelu"), _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4)),
 }
 

@@ -158,6 +158,7 @@ def _config(
             "weight_decay": 0.1,
             "warmup": 0.05,
             "min_lr_ratio": 0.1,
+            **({"decay_start": size.decay_start} if size.decay_start else {}),  # a stored run keeps its hash
             "chunk_tokens": 4096,
         },
         "data": {

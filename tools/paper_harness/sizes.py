@@ -27,6 +27,7 @@ class Size:
         shape: fields of ``TransformerConfig``.
         batch_size: blocks per step.
         lr: peak learning rate of every variant, unless an option says otherwise.
+        decay_start: share of the run after which it falls; 0 is the warm-up's end, as in the first stored runs.
         precision: as Lightning names it.
         val_tokens: held-out tokens of every validation, rounded to whole batches.
         seeds: of ``pretrain`` and ``length``.
@@ -46,6 +47,7 @@ class Size:
     shape: dict[str, Any]
     batch_size: int
     lr: float
+    decay_start: float = 0.0
     precision: str = "32-true"
     val_tokens: int = 1 << 16
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -122,8 +124,8 @@ SIZES = {
         others={"shape": ("cosine", "linear"), "ema_rate": (0.1,), "weight": (0.0,)},
     ),
     "nano": Size(_shape(1024, 256, 6, 4, 48, 128), 8, 4e-3),
-    "nano_unit": Size(_shape(1024, 256, 6, 4, 48, 128, **_UNIT), 8, 8e-3),
-    "micro_unit": Size(_shape(1024, 256, 6, 4, 64, 176, **_UNIT), 8, 8e-3),
+    "nano_unit": Size(_shape(1024, 256, 6, 4, 48, 128, **_UNIT), 8, 8e-3, 0.5),
+    "micro_unit": Size(_shape(1024, 256, 6, 4, 64, 176, **_UNIT), 8, 8e-3, 0.5),
     "small_1m": Size(_shape(10000, 512, 8, 4, 64, 192), lr=4e-3, tokens_per_parameter=430.0, **_PAPER),
     "small_3m": Size(_shape(10000, 512, 8, 4, 128, 384), lr=3e-3, tokens_per_parameter=154.0, **_PAPER),
     "small_9m": Size(_shape(10000, 512, 8, 4, 256, 640), lr=2e-3, tokens_per_parameter=53.0, **_PAPER),
