@@ -3,7 +3,8 @@
 
     tools/compare_taper.py --overlays baseline internal_aux internal_aux+paper --seeds 0 1 2
 
-Every run of a seed has the same steps and data order, and of one shape the same initial weights. The table goes to --out, as Markdown.
+Every run of a seed has the same steps and data order, and of one shape the same initial weights. The table goes to
+--out, as Markdown.
 """
 
 import argparse

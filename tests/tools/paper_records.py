@@ -96,12 +96,12 @@ def campaign(**options: Any) -> list[Record]:
     """The records of all experiments, each run once; All-Taper diverges at two seeds, quick tapers at a high rate.
 
     Args:
-        options: of the harness.
+        options: of the harness, but the size.
     """
     _HASHES.setdefault(("embedded", 1024), "embedded")  # nothing is read
     found: dict[str, Record] = {}
-    for name in ("pretrain", "length", "schedule", "ideas", "short"):
-        for run in EXPERIMENTS[name](Options(**options)):
+    for name in ("pretrain", "length", "schedule", "ideas", "ours", "short"):
+        for run in EXPERIMENTS[name](Options(**options, **({"size": "nano_unit"} if name == "ours" else {}))):
             made = record(run, _fate(run))
             found[hash_of(made["settings"])] = made
     return list(found.values())

@@ -20,11 +20,22 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from paper_harness import __main__ as command  # noqa: E402
 from paper_harness import figures, page, records, statistics, tables  # noqa: E402
-from paper_harness.ideas import IDEAS  # noqa: E402
+from paper_harness.ideas import IDEAS, OURS  # noqa: E402
 from paper_harness.missing import missing  # noqa: E402
-from paper_harness.records import PICK, StoredRun  # noqa: E402
+from paper_harness.records import PICK, StoredRun, title  # noqa: E402
 from paper_harness.runs import PAPER, Run, hash_of  # noqa: E402
-from paper_harness.sections import decode, finetune, gradnorm, ideas, length, logit_chasing, pretrain, schedule, short  # noqa: E402
+from paper_harness.sections import (  # noqa: E402
+    decode,
+    finetune,
+    gradnorm,
+    ideas,
+    length,
+    logit_chasing,
+    ours,
+    pretrain,
+    schedule,
+    short,
+)
 from paper_harness.sizes import SIZES  # noqa: E402
 from paper_records import WEIGHT_TYPES, campaign, record  # noqa: E402
 
@@ -430,7 +441,7 @@ def test_ideas_stand_beside_the_papers_settings():
     rows = [cells_of(line) for line in text if line.startswith("| end_100 |")]
     assert [row[1] for row in rows] == ["Internal-Taper +aux", "All-Taper +aux"]
     own = {run.seed: run for run in runs if (run.idea, run.variant) == ("end_100", "all_aux")}
-    base = {run.seed: run for run in runs if (run.idea, run.variant) == ("", "baseline")}
+    base = {run.seed: run for run in runs if run.setup.size == "nano" and (run.idea, run.variant) == ("", "baseline")}
     mean = np.mean([own[seed].loss / base[seed].loss - 1 for seed in SEEDS])
     assert rows[1][5].startswith(f"{mean:+.2%} (")
     gate = {seed: dict(run.curve("taper/gate")) for seed, run in own.items()}
@@ -469,6 +480,61 @@ def test_a_lost_idea_is_counted(tmp_path):
     (row,) = (cells_of(line) for line in section.lines if line.startswith("| linear |"))
     assert row[2:6] == ["1", "1", "", ""]
     section.draw(tmp_path / "ideas.png")
+
+
+def test_ours_stands_beside_the_papers_settings():
+    runs = PICK["ours"](stored())
+    assert {run.setup.size for run in runs} == {"nano", "nano_unit"}
+    assert {run.idea for run in runs if run.variant != "baseline"} == {"", OURS}
+    section = ours.section(runs)
+    rows = [cells_of(line) for line in section.lines if line.startswith("| nano")]
+    told = [(row[0], row[1], row[2]) for row in rows[:6]]
+    assert sorted(told) == sorted(
+        (size, settings * (variant != "baseline"), title(variant))
+        for size, settings in (("nano", "the paper's"), ("nano_unit", "ours"))
+        for variant in ("baseline", "internal_aux", "all_aux")
+    )
+    assert {row[section.columns.index("run")] for row in section.rows} == {run.key for run in runs}
+    (claim,) = section.claims
+    assert "nano_unit, gcide, 20 tokens per parameter: Internal-Taper +aux" in claim.ours
+
+
+def changed_by(change):
+    """The targets of ours at 20 tokens per parameter that hold, and those that do not, of changed results."""
+    runs = [run for run in PICK["ours"](stored()) if run.setup.size == "nano_unit" and run.length == 20]
+    made = [StoredRun(json.loads(json.dumps(run.record))) for run in runs]
+    bases = {run.seed: run.loss for run in made if run.variant == "baseline"}
+    for run in made:
+        if run.idea == OURS:
+            run.result["val"] = [[step, loss] for step, loss in run.curve("val")]
+            run.result["val"][-1][1] = bases[run.seed] * 0.99
+            change(run)
+    lines = ours.section(made).lines
+    rows = [cells_of(line) for line in lines if line.endswith((" yes |", " **no** |"))]
+    return {row[0] for row in rows if row[3] == "yes"}, {row[0] for row in rows if row[3] == "**no**"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "change", "broken"),
+    [
+        ("internal_aux", lambda r: r.result.update(diverged={"step": 7, "gate": 0.5}), "runs that diverge"),
+        ("internal_aux", lambda r: r.result["val"][-1].__setitem__(1, r.result["val"][-1][1] * 1.02), "mean gap"),
+        ("internal_aux", lambda r: r.result["val"][-1].__setitem__(1, r.result["val"][-1][1] * (1 + r.seed / 50)),
+         "its 95% upper end"),
+        ("all_aux", lambda r: r.result["val"][-1].__setitem__(1, r.result["val"][-1][1] * (1 - r.seed / 50)),
+         "spread between seeds"),
+        ("all_aux", lambda r: r.result["val"][3].__setitem__(1, 9.0), "widest gap while the gate falls"),
+        ("all_aux", lambda r: r.result["tails"].update(loss_max=99.0), "largest token loss over the baseline's"),
+        ("internal_aux", lambda r: r.result["random"].update(largest_loss=99.0), "the same on random tokens"),
+        ("internal_aux", lambda r: r.result["random"].update(ratio=3.5), "RMS over the median on random tokens"),
+    ],
+)  # fmt: skip
+def test_a_target_that_is_missed_is_told(variant, change, broken):
+    held, _ = changed_by(lambda run: None)
+    assert f"{title(variant)}: {broken}" in held
+    _, missed = changed_by(lambda run: change(run) if run.variant == variant else None)
+    assert f"{title(variant)}: {broken}" in missed
+    assert all(what.startswith(title(variant)) for what in missed)
 
 
 def test_a_short_run_is_held_to_the_baseline_of_its_draw():

@@ -27,7 +27,7 @@ sys.path.insert(0, str(TOOLS))
 
 from paper_harness import __main__ as command  # noqa: E402
 from paper_harness import corpus, experiments, runs, workers  # noqa: E402
-from paper_harness.ideas import IDEAS  # noqa: E402
+from paper_harness.ideas import IDEAS, OURS  # noqa: E402
 from paper_harness.peers import FirstEmbeddingScale  # noqa: E402
 from paper_harness.runs import Run, hash_of  # noqa: E402
 from paper_harness.sizes import SIZES  # noqa: E402
@@ -509,6 +509,18 @@ def test_what_the_experiments_ask_for():
     few = experiments.Options(seeds=(5,), variants=("all_aux",), lengths=(1.0,), lr=1e-3)
     assert [run.variant for run in experiments.pretrain(few)] == ["baseline", "all_aux"]
     assert [(run.seed, run.lr) for run in experiments.length(few)] == [(5, 1e-3)] * 2
+
+
+def test_ours_has_the_papers_settings_beside_it():
+    asked = experiments.ours(experiments.Options(size="nano_unit", seeds=(0, 3), lr=1e-2))
+    assert {(run.size, run.own_idea, run.lr) for run in asked if run.variant != "baseline"} == {
+        ("nano_unit", OURS, 1e-2), ("nano", None, None)
+    }  # fmt: skip
+    assert {run.tokens_per_parameter for run in asked} == {20, 40}
+    assert len({hash_of(run.settings()) for run in asked}) == len(asked) == 2 * 2 * 6
+    assert {run.size for run in experiments.ours(experiments.Options(size="micro_unit"))} == {"micro_unit"}
+    assert asked[0].settings()["config"]["model"]["decay_start"] == 0.5
+    assert "decay_start" not in asked[3].settings()["config"]["model"]
 
 
 def test_an_idea_changes_what_it_names_and_no_baseline():

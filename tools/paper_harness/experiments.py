@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paper_harness.ideas import OURS
 from paper_harness.runs import POLICIES, Run
 from paper_harness.sizes import SIZES
 
@@ -102,6 +103,18 @@ def ideas(options: Options) -> list[Run]:
     ]
 
 
+def ours(options: Options) -> list[Run]:
+    """Ours and its baseline, and beside them the paper's own settings in the plain model of the same size."""
+    size = SIZES[options.size]
+    variants = options.pick(("baseline", "internal_aux", "all_aux"))
+    found = []
+    for seed, each in itertools.product(options.pick_seeds(), options.lengths or size.lengths[-2:]):
+        found += [Run(options.size, options.corpus, v, seed, each, options.lr, idea=OURS) for v in variants]
+        if size.plain is not None:
+            found += [Run(size.plain, options.corpus, v, seed, each) for v in variants]
+    return found
+
+
 def short(options: Options) -> list[Run]:
     """Runs as users begin them: short ones of any length, learning rate and corpus, drawn at random but each always the
     same, with the paper's own settings and with each idea that is named.
@@ -128,6 +141,7 @@ EXPERIMENTS: dict[str, Callable[[Options], list[Run]]] = {
     "logit_chasing": views,
     "schedule": schedule,
     "ideas": ideas,
+    "ours": ours,
     "short": short,
 }
 """Those that are made of runs; see :mod:`paper_harness.commands` for the others."""

@@ -62,6 +62,9 @@ IDEAS: dict[str, dict[str, Any]] = {
     "gelu_tail": merged(_mlp("gelu"), _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4)),
 }
 
+OURS = "bias"
+"""What we taper with, in the sizes named ``_unit``."""
+
 
 def of_the_model(idea: str) -> str | None:
     """The idea that is what this one changes of a run without a taper too, and nothing else; None if that is nothing.

@@ -67,10 +67,10 @@ def missing(runs: Sequence[StoredRun], out: Path) -> list[Missing]:
 
 def _of_setup(runs: Iterable[StoredRun], size: str, corpus: str) -> list[Missing]:
     """The runs of the experiments of one size and corpus that are not stored."""
-    plain = (run for run in runs if not run.idea and (run.setup.size, run.setup.corpus) == (size, corpus))
-    stored = {_key_of(run) for run in plain}
+    stored = {_key_of(run) for run in runs if run.setup.corpus == corpus}
     found = []
-    for name in ("pretrain", "length", "schedule"):  # the others are views of the first
+    # The others are views of the first, and what was tried is for whoever tries it.
+    for name in ("ours",) if size.endswith("_unit") else ("pretrain", "length", "schedule"):
         wanted = {_key(run) for run in EXPERIMENTS[name](Options(size=size, corpus=corpus))}
         if left := wanted - stored:
             what = f"{len(left)} of the {len(wanted)} runs of `{name}` at {size} on {corpus}"
@@ -80,18 +80,19 @@ def _of_setup(runs: Iterable[StoredRun], size: str, corpus: str) -> list[Missing
 
 
 def _key_of(run: StoredRun) -> Any:
-    return run.variant, run.seed, run.length, run.setup.lr, run.schedule
+    schedule = None if run.idea else run.schedule
+    return run.setup.size, run.idea, run.variant, run.seed, run.length, run.setup.lr, schedule
 
 
 def _key(run: Run) -> Any:
     """The same of a run to do."""
     schedule = None
-    if run.variant in TAPERED:
+    if run.variant in TAPERED and run.own_idea is None:
         schedule = Schedule(**{**PAPER, **run.method})
         if not run.variant.endswith("_aux"):
             schedule = schedule._replace(weight=None)
     lr = SIZES[run.size].lr if run.lr is None else run.lr
-    return run.variant, run.seed, float(run.tokens_per_parameter), float(lr), schedule
+    return run.size, run.own_idea or "", run.variant, run.seed, float(run.tokens_per_parameter), float(lr), schedule
 
 
 def dials() -> str:

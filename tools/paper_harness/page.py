@@ -7,10 +7,22 @@ from typing import Any
 from paper_harness.missing import dials, missing
 from paper_harness.records import PICK, Record, StoredRun, grouped, not_drawn, read_records, seeds_of
 from paper_harness.runs import EMBEDDING_SCALE
-from paper_harness.sections import decode, finetune, gradnorm, ideas, length, logit_chasing, pretrain, schedule, short
+from paper_harness.sections import (
+    decode,
+    finetune,
+    gradnorm,
+    ideas,
+    length,
+    logit_chasing,
+    ours,
+    pretrain,
+    schedule,
+    short,
+)
 from paper_harness.tables import Section, markdown, write_csv
 
 OF_RUNS = {
+    "ours": ours.section,
     "pretrain": pretrain.section,
     "length": length.section,
     "gradnorm": gradnorm.section,

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paper_harness.experiments import FIVE
+from paper_harness.ideas import OURS
 from paper_harness.runs import PAPER, hash_of
+from paper_harness.sizes import SIZES
 from taperlit.errors import TaperlitError
 
 Record = dict[str, Any]
@@ -305,8 +307,13 @@ def five_variants(runs: Iterable[StoredRun]) -> list[StoredRun]:
 
 
 def length_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
-    """The runs at the paper's dials of the variants that ran at two lengths at least, or all of them where none did."""
+    """The runs at the paper's dials of the variants that ran at two lengths at least, or all of them where none did.
+
+    A baseline whose rivals all try something is theirs.
+    """
     standard = [run for run in runs if run.standard]
+    rivals = {run.setup for run in standard if run.variant != BASELINE}
+    standard = [run for run in standard if run.setup in rivals] or standard
     lengths: dict[Any, set[float]] = defaultdict(set)
     for run in standard:
         lengths[run.setup, run.variant].add(run.length)
@@ -336,6 +343,25 @@ def idea_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     return [run for run in every if run.place in places and (run.idea or run.standard) and run.variant in FIVE]
 
 
+def our_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
+    """The runs of ours and their baselines, and those of the plain size at the paper's own settings beside them."""
+    every = [*runs]
+    places = {run.place for run in every if run.idea == OURS and run.variant in FIVE}
+    plain = {(SIZES[size].plain, corpus, length) for size, corpus, _, length in places if size in SIZES}
+    return [
+        run
+        for run in every
+        if (run.place in places and (run.idea == OURS or (run.standard and run.variant == BASELINE)))
+        or ((run.settings["size"], run.settings["corpus"], run.length) in plain and _beside_ours(run))
+    ]
+
+
+def _beside_ours(run: StoredRun) -> bool:
+    """A run of a plain size at its own learning rate, with the paper's settings."""
+    own_rate = run.setup.lr == SIZES[run.setup.size].lr
+    return own_rate and run.standard and run.variant in (BASELINE, "internal_aux", "all_aux")
+
+
 def drawn_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     """The runs that were drawn at random; no other experiment has them."""
     return [run for run in runs if run.draw is not None]
@@ -360,5 +386,6 @@ PICK: dict[str, Pick] = {
     "logit_chasing": _of_not_drawn(five_variants),
     "schedule": _of_not_drawn(schedule_runs),
     "ideas": _of_not_drawn(idea_runs),
+    "ours": _of_not_drawn(our_runs),
     "short": drawn_runs,
 }

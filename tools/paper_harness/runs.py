@@ -96,6 +96,13 @@ class Run:
     idea: str | None = None
     draw: int | None = None
 
+    @property
+    def own_idea(self) -> str | None:
+        """The idea, as far as it changes this run: of a baseline no more than its model."""
+        if self.idea is None or self.variant != "baseline":
+            return self.idea
+        return ideas.of_the_model(self.idea)
+
     def settings(self) -> dict[str, Any]:
         """Everything that determines the result; see :func:`hash_of`."""
         size = SIZES[self.size]
@@ -105,11 +112,9 @@ class Run:
         more: dict[str, Any] = {} if self.draw is None else {"draw": self.draw}
         if self.variant in ("dyt", "derf"):
             more["embedding_scale"] = EMBEDDING_SCALE
-        tapered = self.variant != "baseline"
-        idea = self.idea if self.idea is None or tapered else ideas.of_the_model(self.idea)
-        if idea is not None:
+        if (idea := self.own_idea) is not None:
             more["idea"] = idea
-            config = ideas.with_idea(config, idea, tapered)
+            config = ideas.with_idea(config, idea, tapered=self.variant != "baseline")
         return {
             "format": FORMAT,
             "size": self.size,

@@ -41,6 +41,7 @@ class Size:
         draws: of ``short``.
         draw_corpora: that they are of.
         draw_steps: least and most optimizer steps of one.
+        plain: size with the same sizes as the paper has them, or None; it stands beside this one in ``ours``.
         others: what ``schedule`` changes one at a time, by its name in ``runs.PAPER``.
     """
 
@@ -61,6 +62,7 @@ class Size:
     draws: int = 20
     draw_corpora: tuple[str, ...] = ("gcide", "foldoc", "embedded")
     draw_steps: tuple[int, int] = (100, 2000)
+    plain: str | None = None
     others: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: OTHERS)
 
     @cached_property
@@ -124,7 +126,7 @@ SIZES = {
         others={"shape": ("cosine", "linear"), "ema_rate": (0.1,), "weight": (0.0,)},
     ),
     "nano": Size(_shape(1024, 256, 6, 4, 48, 128), 8, 4e-3),
-    "nano_unit": Size(_shape(1024, 256, 6, 4, 48, 128, **_UNIT), 8, 8e-3, 0.5),
+    "nano_unit": Size(_shape(1024, 256, 6, 4, 48, 128, **_UNIT), 8, 8e-3, 0.5, plain="nano"),
     "micro_unit": Size(_shape(1024, 256, 6, 4, 64, 176, **_UNIT), 8, 8e-3, 0.5),
     "small_1m": Size(_shape(10000, 512, 8, 4, 64, 192), lr=4e-3, tokens_per_parameter=430.0, **_PAPER),
     "small_3m": Size(_shape(10000, 512, 8, 4, 128, 384), lr=3e-3, tokens_per_parameter=154.0, **_PAPER),

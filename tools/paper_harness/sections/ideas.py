@@ -139,7 +139,7 @@ def section(runs: Sequence[StoredRun]) -> Section:
         rows=rows,
         caption="Mean gap to the baseline of the same model and seed with its 95% interval, single seeds as dots; at "
         "the right how many runs diverged.",
-        draw=partial(_draw, drawn[:MOST_ROWS]) if any(some for _, some in drawn) else None,
+        draw=partial(draw_gaps, drawn[:MOST_ROWS]) if any(some for _, some in drawn) else None,
     )
 
 
@@ -169,7 +169,8 @@ def _table(table: Sequence[Tried]) -> list[str]:
     return markdown(header, rows, left=2)
 
 
-def _draw(places: Sequence[tuple[str, Sequence[Tried]]], path: Path) -> None:
+def draw_gaps(places: Sequence[tuple[str, Sequence[Tried]]], path: Path) -> None:
+    """The gaps of the rows of several places, a panel each, as a picture."""
     most = max(len(rows) for _, rows in places)
     with canvas(path, len(places), 1, 0.8 + 0.22 * most) as (_, panels):
         for (axis,), (heading, rows) in zip(panels, places, strict=True):
