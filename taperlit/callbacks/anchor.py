@@ -15,6 +15,7 @@ from taperlit.callbacks.token_scale import scale_over
 from taperlit.errors import TaperlitError
 from taperlit.norm import TaperNorm
 from taperlit.ranges import require_range, require_steps
+from taperlit.schedule import resolve_steps, warmup_cosine
 from taperlit.training.lightning_compat import should_log
 
 
@@ -41,6 +42,9 @@ class ScaleAnchor(L.Callback):
         kind: which ``s``; None is the module's own (``layernorm`` for a LayerNorm, else ``rmsnorm``).
         at: freeze after this many steps (int) or fraction of ``max_steps`` (float); None is the end of the
             GateSchedule's warm-up.
+        fade: from this step on, in steps (int) or as a fraction of ``max_steps`` (float), the weight falls along a
+            cosine to 0 at ``max_steps``, since a run's end pays for the scale loss with the one that counts; None keeps
+            it, as in the paper.
         skip: leave out this many positions at the beginning of each sequence, where pretrained models have residuals
             tens of times the others'; ``h`` must then be (B, T, d_model).
 
@@ -58,13 +62,15 @@ class ScaleAnchor(L.Callback):
         kind: Literal["rmsnorm", "layernorm"] | None = None,
         at: int | float | None = None,
         skip: int = 0,
+        fade: int | float | None = None,
     ) -> None:
         require_range("ScaleAnchor.weight", weight, least=0)
         require_range("ScaleAnchor.ema_rate", ema_rate, above=0, most=1)
         require_range("ScaleAnchor.skip", skip, least=0)
         require_steps("ScaleAnchor.at", at, least=1)
+        require_steps("ScaleAnchor.fade", fade)
         self.module, self.weight, self.ema_rate, self.kind, self.at = module, weight, ema_rate, kind, at
-        self.skip = skip
+        self.skip, self.fade = skip, fade
         self._undo: list[Callable[[], None]] = []
         self._forget()
 
@@ -73,6 +79,8 @@ class ScaleAnchor(L.Callback):
         self._ema = torch.zeros(2, dtype=torch.float32)  # moving averages of s(h) and of 1, which corrects the bias
         self._updated: int | None = None  # the global step of the last update
         self._boundary = Boundary()
+        self._fade_start: int | None = None
+        self._factor = 1.0  # of the weight, in the step under way
         self._centred = False
         self._ran = False
         self._penalties: list[Tensor] = []  # of the forward pass under way
@@ -105,7 +113,15 @@ class ScaleAnchor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the boundary, and drop what a tuner's trial steps left behind."""
         self._boundary = find_boundary(trainer, pl_module, self.at, "ScaleAnchor")
+        self._fade_start = self._resolved_fade(trainer)
         self._forget_batches()
+
+    def _resolved_fade(self, trainer: L.Trainer) -> int | None:
+        if self.fade is None or trainer.fast_dev_run:
+            return None
+        if trainer.max_steps < 1:
+            raise TaperlitError("ScaleAnchor.fade ends with the run: set trainer.max_steps, or leave it out.")
+        return resolve_steps(self.fade, trainer.max_steps, "ScaleAnchor.fade")
 
     def _release(self) -> None:
         while self._undo:
@@ -151,10 +167,12 @@ class ScaleAnchor(L.Callback):
             return output
         penalty = torch.stack(self._penalties).mean()
         self._step_penalties.append(penalty.detach())
-        return with_added(output, self.weight * penalty)
+        return with_added(output, self._factor * self.weight * penalty)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Freeze the target, once the warm-up's last step is done."""
+        """Freeze the target, once the warm-up's last step is done; fade the weight."""
+        if self._fade_start is not None:
+            self._factor = warmup_cosine(trainer.global_step, 0, trainer.max_steps, 0.0, self._fade_start)
         if self.target is None and trainer.global_step >= self._boundary.step:
             mean, weight = self._ema
             if not weight:

@@ -26,7 +26,7 @@ SET_AT_THE_START = {
     "gate": ("closed",),
     "alignment": (),
     "first": (),
-    "anchor": ("weight",),
+    "anchor": ("weight", "fade"),
     "fakeln": ("aux_weight", "end_of_text"),
 }
 # What takes effect from the next step on, and is told.

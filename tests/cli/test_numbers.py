@@ -89,6 +89,7 @@ WRONG = [
     (ScaleAnchor, {"module": "x"}, "ScaleAnchor.ema_rate", "ema_rate", [0.0, NAN]),
     (ScaleAnchor, {"module": "x"}, "ScaleAnchor.skip", "skip", [-1]),
     (RunCheckpoint, {}, "RunCheckpoint.minutes", "minutes", [0, -1.0, NAN, INF]),
+    (ScaleAnchor, {"module": "x"}, "ScaleAnchor.fade", "fade", [-1, -0.1, 1.5, NAN]),
     (ScaleAnchor, {"module": "x"}, "ScaleAnchor.at", "at", [0, -0.1, 1.5]),
     (ShrinkMassive, {}, "ShrinkMassive.multiple", "multiple", [0.5, NAN]),
     (ShrinkMassive, {}, "ShrinkMassive.begin", "begin", [0, -0.1, 1.5]),

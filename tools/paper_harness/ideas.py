@@ -42,6 +42,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "kind": _option("gate", stages="kind"),
     "token_fit": _option("alignment", fit="token"),
     "track": _option("alignment", track=0.0),
+    "fade": _option("anchor", fade=0.5),
     "lr_dip": _slot("lr_dip", "LearningRateDip"),
     "moments": _option("alignment", moments=True),
     "skip": _option("guard", skip=True),
@@ -58,6 +59,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "gelu": _mlp("gelu"),
     "relu": _mlp("relu"),
     # What won, one at a time, together.
+    "fade_bias": merged(_option("anchor", fade=0.5), {"model": {"taper_bias": True}}),
     "early_bias": merged(_option("gate", warmup=0.02, end=0.12), {"model": {"taper_bias": True}}),
     "gelu_tail": merged(_mlp("gelu"), _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4)),
 }

@@ -60,6 +60,7 @@ FIT: dict[str, tuple[str, ...]] = {
     "taper.gate.end": ("-1", "1", "nan"),
     "taper.monitor.every": ("0", "-1", "x"),
     "taper.anchor.weight": ("-1", "nan"),
+    "taper.anchor.fade": ("-1", "1.5", "nan"),
     "taper.ema_rate": ("-1", "2", "nan"),
     "taper.tail.every": ("0",),
     "taper.nothing": ("true",),
