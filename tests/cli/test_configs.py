@@ -217,8 +217,25 @@ def test_run_configs_repeat_nothing_of_the_slots():
                 assert not repeated, (run, slot)
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS | PEERS)
+@pytest.mark.parametrize("run", RUNS)
+def test_the_papers_settings_go_over_any_run_and_overlay(run, overlay):
+    files = [f"--config={CONFIGS / name}" for name in (run, f"taper/{overlay}.yaml")]
+    before, config = parse(*files), parse(*files, f"--config={CONFIGS / 'taper/paper.yaml'}")
+    assert slots(config) == slots(before)
+    assert config.model.taper == before.model.taper
+    assert {**(before.model.overrides or {}), "embed_norm": False, "init": "gpt2"} == config.model.overrides
+    assert (config.model.taper_bias, config.model.decay_start) == (False, 0)
+    if "gate" in slots(config):
+        gate, alignment = config.taper.gate.init_args, config.taper.alignment.init_args
+        assert (gate.warmup, gate.end, gate.shape) == (0.05, 0.5, "cosine")
+        assert (alignment.ema_rate, alignment.fit) == (0.01, "energy")
+    if (anchor := config.taper.anchor) is not None:
+        assert (anchor.init_args.weight, anchor.init_args.ema_rate, anchor.init_args.fade) == (0.1, 0.01, None)
+
+
 def test_no_overlay_is_forgotten():
-    assert {path.stem for path in (CONFIGS / "taper").glob("*.yaml")} == {*OVERLAYS, *PEERS}
+    assert {path.stem for path in (CONFIGS / "taper").glob("*.yaml")} == {*OVERLAYS, *PEERS, "paper"}
 
 
 @pytest.mark.parametrize("strategy", sorted(path.stem for path in (CONFIGS / "strategy").glob("*.yaml")))
