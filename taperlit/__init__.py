@@ -13,6 +13,7 @@ __version__ = version("taperlit")
 _HOMES = {
     "AlignmentFreeze": "taperlit.callbacks",
     "BoundedWrites": "taperlit.callbacks",
+    "DecayWithGate": "taperlit.callbacks",
     "EqualRows": "taperlit.callbacks",
     "FakeLNSchedule": "taperlit.callbacks",
     "FiniteGuard": "taperlit.callbacks",

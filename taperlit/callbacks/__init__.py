@@ -8,6 +8,7 @@ beside it; AlignmentFreeze and ScaleAnchor need a GateSchedule or a step to free
 from taperlit.callbacks.alignment import AlignmentFreeze
 from taperlit.callbacks.anchor import ScaleAnchor
 from taperlit.callbacks.checkpoint import RunCheckpoint
+from taperlit.callbacks.decay import DecayWithGate
 from taperlit.callbacks.fakeln import FakeLNSchedule
 from taperlit.callbacks.finite import FiniteGuard
 from taperlit.callbacks.first_position import FirstPosition
@@ -28,6 +29,7 @@ from taperlit.callbacks.writes import BoundedWrites
 __all__ = [
     "AlignmentFreeze",
     "BoundedWrites",
+    "DecayWithGate",
     "EqualRows",
     "FakeLNSchedule",
     "FiniteGuard",

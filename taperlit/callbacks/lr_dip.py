@@ -1,11 +1,10 @@
 """A short dip of the learning rate where the taper begins."""
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-import torch
 
+from taperlit.callbacks.in_step import ScaledInStep
 from taperlit.norm import TaperNorm, shared_gate
 from taperlit.ranges import require_range, require_steps
 from taperlit.schedule import resolve_steps
@@ -47,12 +46,11 @@ class LearningRateDip(L.Callback):
         require_range("LearningRateDip.factor", factor, least=0, below=1)
         require_steps("LearningRateDip.steps", steps, least=1)
         self.factor, self.steps = factor, steps
-        self._undo: list[Callable[[], None]] = []
-        self._full: list[tuple[dict[str, Any], Any]] = []  # a group in a step under way, and its learning rate
+        self._rate = ScaledInStep("lr")
         self._forget()
 
     def _forget(self) -> None:
-        self._release()
+        self._rate.release()
         self._norms: list[TaperNorm] = []
         self._length = 1
         self._lowest: float | None = None  # the gate has been, as far as it made norms begin to fall
@@ -72,22 +70,9 @@ class LearningRateDip(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note which norms are past their boundary already, and follow the optimizers."""
-        self._release()
         if self._lowest is None:
             self._lowest = self._norms[0].gate.number()
-
-        def begin(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            # Within its step, which is not counted yet.
-            self._lower(optimizer, self._multiplier(trainer.global_step + 1))
-
-        def end(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            self._restore()
-
-        for optimizer in trainer.optimizers:
-            self._undo += [
-                optimizer.register_step_pre_hook(begin).remove,
-                optimizer.register_step_post_hook(end).remove,
-            ]
+        self._rate.follow(trainer, lambda: self._multiplier(trainer.global_step + 1))
 
     def _multiplier(self, step: int) -> float:
         """What the learning rate of the step under way, the ``step``-th, is multiplied with, by the gate as it is."""
@@ -100,26 +85,9 @@ class LearningRateDip(L.Callback):
         past = self._length if self._bottom is None else step - self._bottom
         return self.factor + (1 - self.factor) * past / self._length if past < self._length else 1.0
 
-    def _lower(self, optimizer: torch.optim.Optimizer, multiplier: float) -> None:
-        self._restore()
-        if multiplier < 1:
-            self._full = [(group, group["lr"]) for group in optimizer.param_groups]
-            for group, lr in self._full:
-                group["lr"] = lr * multiplier
-
-    def _restore(self) -> None:
-        while self._full:
-            group, lr = self._full.pop()
-            group["lr"] = lr
-
-    def _release(self) -> None:
-        self._restore()
-        while self._undo:
-            self._undo.pop()()
-
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the optimizers and the model alone."""
-        self._release()
+        self._rate.release()
         self._norms = []
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from taperlit.callbacks import (
     AlignmentFreeze,
     BoundedWrites,
+    DecayWithGate,
     EqualRows,
     FakeLNSchedule,
     FiniteGuard,
@@ -68,6 +69,7 @@ SLOTS = {
     "hold": Slot("lets the gate wait when training leaves its band", GateHold, {}, _GATED, on=False),
     "alignment": Slot("freezes the alignment scalars", AlignmentFreeze, {}, _GATED),
     "lr_dip": Slot("dips the learning rate where the taper begins", LearningRateDip, {}, _GATED, on=False),
+    "decay": Slot("lets the weight decay go with the gate", DecayWithGate, {}, _GATED, on=False),
     "first": Slot("gives position 0 a scalar of its own for a while", FirstPosition, {}, _GATED, on=False),
     "massive": Slot("shrinks the units that write massive activations", ShrinkMassive, {}, _GATED, on=False),
     "rows": Slot("keeps the rows of the token embedding at one norm", EqualRows, {}, on=False),

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from taperlit import (
     AlignmentFreeze,
     BoundedWrites,
+    DecayWithGate,
     FakeLNSchedule,
     FiniteGuard,
     FirstPosition,
@@ -82,6 +83,7 @@ WRONG = [
     (GateSchedule, {"warmup": "auto"}, "GateSchedule.end", "end", [0.3]),  # it may last until there
     (GateSchedule, {"warmup": "auto"}, "GateSchedule.least", "least", [-1, 1.5, NAN]),
     (GateSchedule, {"warmup": "auto"}, "GateSchedule.latest", "latest", [-1, 1.5, NAN, 0.01]),
+    (DecayWithGate, {}, "DecayWithGate.floor", "floor", [-0.1, 1.1, NAN]),
     (LearningRateDip, {}, "LearningRateDip.factor", "factor", [-0.1, 1.0, NAN]),
     (LearningRateDip, {}, "LearningRateDip.steps", "steps", [0, -0.1, 0.0, 1.5, INF, NAN]),
     (LossTails, {}, "LossTails.threshold", "threshold", [-1.0, NAN]),

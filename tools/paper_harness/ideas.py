@@ -43,6 +43,8 @@ IDEAS: dict[str, dict[str, Any]] = {
     "token_fit": _option("alignment", fit="token"),
     "track": _option("alignment", track=0.0),
     "fade": _option("anchor", fade=0.5),
+    "decay": _slot("decay", "DecayWithGate"),
+    "fade_decay": merged(_option("anchor", fade=0.5), _slot("decay", "DecayWithGate")),
     "lr_dip": _slot("lr_dip", "LearningRateDip"),
     "moments": _option("alignment", moments=True),
     "skip": _option("guard", skip=True),
@@ -64,7 +66,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "gelu_tail": merged(_mlp("gelu"), _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4)),
 }
 
-OURS = "bias"
+OURS = "fade"
 """What we taper with, in the sizes named ``_unit``."""
 
 

@@ -34,7 +34,8 @@ def section(runs: Sequence[StoredRun]) -> Section:
     lines = [
         f"Ours is the idea `{OURS}` in the sizes whose embeddings are of one size (`_unit`); beside it the same length "
         "of the plain size with the paper's own settings. Gaps are to the baseline of the same model, seed and length, "
-        "and losses compare across models. What the columns are is told at the ideas.",
+        "and losses compare across models. What the columns are is told at the ideas. All pairs: "
+        "`tools/paper ours --size nano_unit --seeds 0 1 2 3`.",
         "",
     ]
     rows, drawn, claims = [], [], []
