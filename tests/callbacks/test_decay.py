@@ -2,27 +2,13 @@
 
 import pytest
 import torch
-from toy import Stop, Toy, fit, rows, same, state_of
+from toy import Noted, Stop, Toy, fit, rows, same, state_of
 
 from taperlit import AlignmentFreeze, DecayWithGate, GateSchedule
 from taperlit.errors import TaperlitError
 from taperlit.schedule import gate_at
 
 WARMUP, END, STEPS = 4, 9, 12
-
-
-class Noted(torch.optim.AdamW):
-    """Writes down the weight decays that its steps use."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.used = []
-
-    def step(self, closure=None):
-        loss = None if closure is None else closure()
-        self.used.append([group["weight_decay"] for group in self.param_groups])
-        super().step()
-        return loss
 
 
 class Decayed(Toy):
@@ -35,7 +21,7 @@ class Decayed(Toy):
         parts = [[*module.parameters()] for module in (self.embed, self.layers, self.head)]
         decays = (0.3, 0.0, 0.1)
         groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, decays, strict=True)]
-        self.optimizer = Noted(groups, lr=1e-2)
+        self.optimizer = Noted(groups, "weight_decay", lr=1e-2)
         return self.optimizer
 
     def decays_now(self):

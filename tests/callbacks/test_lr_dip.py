@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR
-from toy import Stop, Toy, fit, rows, same, state_of
+from toy import Noted, Stop, Toy, fit, rows, same, state_of
 
 from taperlit import AlignmentFreeze, GateHold, GateSchedule, LearningRateDip
 from taperlit.errors import TaperlitError
@@ -20,20 +20,6 @@ SCHEDULERS = {
 }
 
 
-class Noted(torch.optim.AdamW):
-    """Writes down the learning rates that its steps use."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.used = []
-
-    def step(self, closure=None):
-        loss = None if closure is None else closure()
-        self.used.append([group["lr"] for group in self.param_groups])
-        super().step()
-        return loss
-
-
 class Scheduled(Toy):
     """Two groups; its batches are known by their number, so that a resumed run sees what the unbroken one does."""
 
@@ -47,7 +33,7 @@ class Scheduled(Toy):
     def configure_optimizers(self):
         head = [*self.head.parameters()]
         rest = [p for p in self.parameters() if not any(p is own for own in head)]
-        self.optimizer = Noted([{"params": rest}, {"params": head, "lr": 3e-3}], lr=1e-2)
+        self.optimizer = Noted([{"params": rest}, {"params": head, "lr": 3e-3}], "lr", lr=1e-2)
         make = SCHEDULERS[self.scheduler]
         if make is None:
             return self.optimizer
@@ -206,7 +192,7 @@ def test_several_optimizers_of_ones_own_dip_by_the_global_step(tmp_path):
 
         def configure_optimizers(self):
             rest = [p for p in self.parameters() if not any(p is own for own in self.head.parameters())]
-            self.both = Noted(rest, lr=1e-2), Noted(self.head.parameters(), lr=1e-2)
+            self.both = Noted(rest, "lr", lr=1e-2), Noted(self.head.parameters(), "lr", lr=1e-2)
             self.optimizer = self.both[0]
             return self.both
 

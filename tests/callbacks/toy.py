@@ -73,6 +73,20 @@ def fit(tmp_path, model, *callbacks, ckpt_path=None, **options):
     return run
 
 
+class Noted(torch.optim.AdamW):
+    """Writes down a number of its groups that its steps use."""
+
+    def __init__(self, groups, key, **options):
+        super().__init__(groups, **options)
+        self.key, self.used = key, []
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        self.used.append([group[self.key] for group in self.param_groups])
+        super().step()
+        return loss
+
+
 class Stop(L.Callback):
     """Ends a run before its end."""
 

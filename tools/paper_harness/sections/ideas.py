@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
@@ -17,6 +18,11 @@ from paper_harness.tables import RUN_COLUMNS, Section, few, gap_cell, markdown, 
 
 MOST_ROWS = 4  # of panels: the places with the most runs
 PAPERS_OWN = "the paper's"
+COLUMNS = ("idea", *RUN_COLUMNS)
+CAPTION = (
+    "Mean gap to the baseline of the same model and seed with its 95% interval, single seeds as dots; at the right how "
+    "many runs diverged."
+)
 
 
 class Tried:
@@ -126,21 +132,32 @@ def section(runs: Sequence[StoredRun]) -> Section:
         size, corpus, lr, length = place
         heading = f"{size}, {corpus}, learning rate {lr:g}, {length:g} tokens per parameter"
         lines += [f"### {heading}", "", *_table(table)]
-        for row in table:
-            for seed, run in sorted(row.runs.items()):
-                rows.append([row.idea, *run_row(run, None if row.variant == BASELINE else row.gaps().get(seed))])
-        if told := [row for row in table if row.gaps() or (row.lost and row.variant != BASELINE)]:
-            drawn.append((heading, [row for row in told if row.variant != BASELINE]))
+        rows += csv_rows(table)
+        if told := rivals(table):
+            drawn.append((heading, told))
     return Section(
         name="ideas",
         title="Tapering without loss: what was tried",
         lines=[*lines, *left_out(picked.superseded)],
-        columns=("idea", *RUN_COLUMNS),
+        columns=COLUMNS,
         rows=rows,
-        caption="Mean gap to the baseline of the same model and seed with its 95% interval, single seeds as dots; at "
-        "the right how many runs diverged.",
+        caption=CAPTION,
         draw=partial(draw_gaps, drawn[:MOST_ROWS]) if any(some for _, some in drawn) else None,
     )
+
+
+def csv_rows(table: Iterable[Tried]) -> list[list[Any]]:
+    """The runs of the rows, one by one, for the CSV file."""
+    return [
+        [row.idea, *run_row(run, None if row.variant == BASELINE else row.gaps().get(seed))]
+        for row in table
+        for seed, run in sorted(row.runs.items())
+    ]
+
+
+def rivals(table: Iterable[Tried]) -> list[Tried]:
+    """The rows of which there is a gap, or a run that diverged, to draw."""
+    return [row for row in table if row.variant != BASELINE and (row.gaps() or row.lost)]
 
 
 def _table(table: Sequence[Tried]) -> list[str]:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from paper_harness.comparison import left_out
 from paper_harness.ideas import OURS
 from paper_harness.records import BASELINE, StoredRun, grouped, title, without_doubles
-from paper_harness.sections.ideas import MOST_ROWS, Tried, draw_gaps, tried_in
-from paper_harness.tables import RUN_COLUMNS, Claim, Section, few, gap_cell, markdown, number_cell, percent, run_row
+from paper_harness.sections.ideas import CAPTION, COLUMNS, MOST_ROWS, Tried, csv_rows, draw_gaps, rivals, tried_in
+from paper_harness.tables import Claim, Section, few, gap_cell, markdown, number_cell, percent
 
 
 class Target(NamedTuple):
@@ -44,11 +44,9 @@ def section(runs: Sequence[StoredRun]) -> Section:
         tried = {setup: tried_in(some) for setup, some in grouped(own, lambda run: run.setup[:4]).items()}
         lines += [f"### {heading}", "", *_table(tried)]
         for setup, table in tried.items():
-            for row in table:
-                for seed, run in sorted(row.runs.items()):
-                    rows.append([row.idea, *run_row(run, None if row.variant == BASELINE else row.gaps().get(seed))])
-            if told := [row for row in table if row.gaps() or (row.lost and row.variant != BASELINE)]:
-                drawn.append((f"{setup[0]}, {heading}", [row for row in told if row.variant != BASELINE]))
+            rows += csv_rows(table)
+            if told := rivals(table):
+                drawn.append((f"{setup[0]}, {heading}", told))
             if targets := _targets(table):
                 lines += [f"Targets, {setup[0]}:", "", *_targets_table(targets)]
                 held = sum(bool(target.holds) for target in targets)
@@ -58,10 +56,9 @@ def section(runs: Sequence[StoredRun]) -> Section:
         name="ours",
         title="Ours beside the paper's settings",
         lines=[*lines, *left_out(picked.superseded)],
-        columns=("idea", *RUN_COLUMNS),
+        columns=COLUMNS,
         rows=rows,
-        caption="Mean gap to the baseline of the same model and seed with its 95% interval, single seeds as dots; at "
-        "the right how many runs diverged.",
+        caption=CAPTION,
         draw=partial(draw_gaps, drawn[:MOST_ROWS]) if any(some for _, some in drawn) else None,
         claims=[claim] if claims else [],
     )
