@@ -14,7 +14,8 @@ class DecayWithGate(L.Callback):
     """Multiplies the optimizers' weight decay by the gate: in full under the norms, and none once they are gone.
 
     What follows a norm does not feel the size of what the norm is given, so decay there sets no more than how fast
-    directions turn. In a model whose norms are gone it shrinks what the model computes, step by step.
+    directions turn. In a model whose norms are gone it shrinks what the model computes, step by step. What that was
+    worth is in docs/experiments.md: no more than chance over a whole run, so it is off by default.
 
     A step with the gate at ``g`` decays with the optimizer's own ``weight_decay`` times ``floor + (1 - floor) * g``, in
     every group of every optimizer. It is put back as the step ends, so that checkpoints and what the run was given stay

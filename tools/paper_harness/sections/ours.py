@@ -18,14 +18,14 @@ class Target(NamedTuple):
     Args:
         what: is bounded.
         bound: in words.
-        found: what was measured; empty where there is nothing.
-        holds: whether it is within its bound; None where there is nothing.
+        found: what was measured.
+        holds: whether it is within its bound.
     """
 
     what: str
     bound: str
     found: str
-    holds: bool | None
+    holds: bool
 
 
 def section(runs: Sequence[StoredRun]) -> Section:
@@ -49,7 +49,7 @@ def section(runs: Sequence[StoredRun]) -> Section:
                 drawn.append((f"{setup[0]}, {heading}", told))
             if targets := _targets(table):
                 lines += [f"Targets, {setup[0]}:", "", *_targets_table(targets)]
-                held = sum(bool(target.holds) for target in targets)
+                held = sum(target.holds for target in targets)
                 claims.append(f"{setup[0]}, {heading}: {_gaps(table)}; {held} of {len(targets)} targets hold")
     claim = Claim("Ours against the baseline of the same model", "+0.7% to +1.8%", "<br>".join(claims))
     return Section(
@@ -70,15 +70,10 @@ def _name(row: Tried) -> str:
     return "ours" if row.idea else "the paper's"
 
 
-def _spread(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
 def _relative_spread(row: Tried) -> float | None:
     """Standard deviation of the losses between seeds, over their mean."""
     losses = [run.loss for run in row.runs.values() if run.arrived]
-    spread = _spread(losses)
-    return None if spread is None else spread / statistics.mean(losses)
+    return statistics.stdev(losses) / statistics.mean(losses) if len(losses) > 1 else None
 
 
 def _table(tried: dict[tuple[str, str, str, float], list[Tried]]) -> list[str]:
