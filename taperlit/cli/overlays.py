@@ -28,7 +28,7 @@ def keep_fields(args: Sequence[str]) -> list[str]:
         if FIELDS in leaves:  # null, or no mapping
             fields = {}
         elif name is not None and mine:
-            kept += [f"--{'.'.join(FIELDS)}.{key}={json.dumps(fields[key])}" for key in fields.keys() - mine.keys()]
+            kept += [f"--{'.'.join(FIELDS)}.{key}={_written(fields[key])}" for key in fields.keys() - mine.keys()]
         fields |= mine
     return kept
 
@@ -100,6 +100,11 @@ def _loaded(text: str) -> Any:
         return yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError):
         return text
+
+
+def _written(value: Any) -> str:
+    """A value as an option on the command line has it: the parser takes a string there as it stands."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Leaves:

@@ -12,6 +12,8 @@ from taperlit.hub.lora import Lora, add_lora
 from taperlit.hub.origin import Origin
 from taperlit.transformer import Transformer, TransformerConfig
 
+_PLAIN = {"embed_norm": False, "init": "gpt2"}  # what overlays take back of a preset, and no pretrained model has
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -101,7 +103,8 @@ def source_of(hparams: Mapping[str, Any], origin: Origin | None = None) -> Sourc
     """The model that hyper-parameters of :class:`taperlit.LanguageModel` name.
 
     Args:
-        hparams: ``preset`` and ``overrides``, or ``pretrained``, ``lora`` and ``remote_code``.
+        hparams: ``preset`` and ``overrides``, or ``pretrained``, ``lora`` and ``remote_code``. Overrides that say
+            what is so of every pretrained model are ignored beside one.
         origin: of a pretrained model, as a checkpoint holds it; None reads it where ``pretrained`` says.
 
     Raises:
@@ -120,7 +123,7 @@ def source_of(hparams: Mapping[str, Any], origin: Origin | None = None) -> Sourc
             raise TaperlitError("model.lora adapts pretrained models; leave it out with model.preset.")
         return Preset(TransformerConfig.from_preset(preset, **(overrides or {})))
     assert name is not None
-    if overrides:
+    if any(name not in _PLAIN or value != _PLAIN[name] for name, value in (overrides or {}).items()):
         raise TaperlitError("model.overrides changes a preset; leave it out with model.pretrained.")
     remote_code = bool(hparams.get("remote_code"))
     if isinstance(lora, Mapping):

@@ -1,4 +1,5 @@
 import sys
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,7 @@ from taperlit.cli.slots import SLOTS
 from taperlit.cli.train import TaperlitCLI, build_cli
 from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
+from taperlit.training import source
 from taperlit.training.module import LanguageModel
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -86,10 +88,26 @@ def test_every_overlay_composes_with_every_run(run, overlay):
     assert slots(config) == running(dial, overlay.endswith("_aux"))
     for slot in slots(config) & slots(before):
         assert config.taper[slot] == before.taper[slot]  # an overlay chooses what, the run says when
-    config.model.taper = before.model.taper
-    assert config.model == before.model
+    expected = deepcopy(before.model)
+    expected.taper = dial
+    if overlay in ("dyt", "derf"):
+        expected.overrides = {**(expected.overrides or {}), "embed_norm": False}
+    assert config.model == expected
     assert config.data.as_dict() == before.data.as_dict()
     assert config.trainer == before.trainer
+
+
+FINETUNES = sorted(f"finetune/{path.name}" for path in (CONFIGS / "finetune").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", ["dyt", "derf", "paper"])
+@pytest.mark.parametrize("run", FINETUNES)
+def test_overlays_that_take_a_presets_fields_back_go_over_pretrained_models(run, overlay):
+    config = parse(f"--config={CONFIGS / run}", f"--config={CONFIGS / f'taper/{overlay}.yaml'}").model
+    with mock.patch.object(source, "read_origin"):
+        assert source.source_of(config.as_dict()).name == config.pretrained
+        with pytest.raises(TaperlitError, match=r"overrides changes a preset; leave it out"):
+            source.source_of({**config.as_dict(), "overrides": {"embed_norm": True}})
 
 
 def running(taper, anchor):

@@ -76,6 +76,10 @@ SIZES = "model: {preset: small_1m, overrides: {d_model: 32, d_ff: 48, bias: true
         ([SIZES, "model: {overrides: {d_ff: 64, mlp: glu}}"], {"d_model": 32, "d_ff": 64, "bias": True, "mlp": "glu"}),
         (["--model.overrides.d_model=48", SIZES], {"d_model": 32, "d_ff": 48, "bias": True}),
         (["--model.overrides.n_head", "2", SIZES], {"n_head": 2, "d_model": 32, "d_ff": 48, "bias": True}),
+        (
+            [SIZES, "model: {overrides: {init: fan_in}}", "model: {overrides: {mlp: glu, rope_scaling: null}}"],
+            {"d_model": 32, "d_ff": 48, "bias": True, "init": "fan_in", "mlp": "glu", "rope_scaling": None},
+        ),
         ([SIZES, "--model.overrides.d_ff=64"], {"d_model": 32, "d_ff": 64, "bias": True}),
         ([SIZES, "model: {overrides: null}"], None),
         ([SIZES, "model: {overrides: null}", "model: {overrides: {mlp: glu}}"], {"mlp": "glu"}),
