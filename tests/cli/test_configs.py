@@ -157,7 +157,7 @@ def test_the_anchor_is_the_other_dial():
 
 def test_flags_reach_into_the_default_slots_and_into_a_configs():
     config = quickstart("--taper.gate.warmup=10", "--taper.guard.skip=true")
-    assert (config.taper.gate.init_args.warmup, config.taper.gate.init_args.end) == (10, 0.6)
+    assert (config.taper.gate.init_args.warmup, config.taper.gate.init_args.end) == (10, 0.5)
     assert config.taper.guard.init_args.skip
     config = parse("--model.preset=small_1m", "--model.taper=all", "--taper.gate.warmup=10")
     assert (config.taper.gate.init_args.warmup, config.taper.gate.init_args.end) == (10, 0.5)
