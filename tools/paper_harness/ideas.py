@@ -63,10 +63,11 @@ IDEAS: dict[str, dict[str, Any]] = {
     # What won, one at a time, together.
     "fade_bias": merged(_option("anchor", fade=0.5), {"model": {"taper_bias": True}}),
     "early_bias": merged(_option("gate", warmup=0.02, end=0.12), {"model": {"taper_bias": True}}),
+    "gelu_fade": merged(_mlp("gelu"), _option("anchor", fade=0.5)),
     "gelu_tail": merged(_mlp("gelu"), _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4)),
 }
 
-OURS = "fade"
+OURS = "gelu_fade"
 """What we taper with, in the sizes named ``_unit``."""
 
 
