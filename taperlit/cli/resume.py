@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from taperlit.checkpoint.atomic import recover
 from taperlit.checkpoint.folded import origin_in
 from taperlit.checkpoint.reader import open_checkpoint
-from taperlit.cli.slots import class_of
+from taperlit.cli.slots import SLOTS, class_of
 from taperlit.errors import TaperlitError
 from taperlit.training.lightning_compat import begins_a_new_version, checkpoint_directory, continue_version
 from taperlit.training.module import LanguageModel
@@ -106,8 +106,9 @@ def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options:
     """Refuse what the checkpoint's run cannot do differently, and tell what it will.
 
     Applied from the next step on: every option of the learning rate and the optimizer, ``trainer.max_steps`` (where the
-    learning rate's cosine ends), how the loss and the blocks are computed, the scale loss's weight, and whatever keeps
-    no state. Refused: another model or policy of tapering, another gate schedule, alignment or anchor.
+    learning rate's cosine ends), how the loss and the blocks are computed, the scale loss's weight, and every slot that
+    does not depend on how the run began. Refused: another model or policy of tapering, another gate schedule, alignment
+    or anchor.
 
     Args:
         path: of the checkpoint, for the errors.
@@ -139,38 +140,53 @@ def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options:
         )
     if options is None:
         return
-    began = checkpoint.get("callbacks", {}).get("RunRecord", {}).get("config")  # None where no command line trained it
-    if began is not None:
-        for slot, free in SET_AT_THE_START.items():
-            _check_slot(path, slot, began["taper"].get(slot), options["taper"][slot], free)
     changes = [
-        f"model.{name} {module.hparams[name]} (before: {hparams[name]})"
+        _told(f"model.{name}", module.hparams[name], hparams[name])
         for name in APPLIED
         if name in hparams and _differ(hparams[name], module.hparams[name])
     ]
-    if began is not None and (before := began["trainer"]["max_steps"]) != (now := options["trainer"]["max_steps"]):
-        kept = ", and the gate keeps its steps" if options["taper"]["gate"] else ""
-        changes.append(f"trainer.max_steps {now} (before: {before}){kept}")
+    began = checkpoint.get("callbacks", {}).get("RunRecord", {}).get("config")  # None where no command line trained it
+    if began is not None:
+        for slot, mine in options["taper"].items():
+            if slot in SLOTS:
+                changes += _slot_changes(path, slot, began["taper"].get(slot), mine)
+        if (before := began["trainer"]["max_steps"]) != (now := options["trainer"]["max_steps"]):
+            kept = ", and the gate keeps its steps" if options["taper"]["gate"] else ""
+            changes.append(_told("trainer.max_steps", now, before) + kept)
     if changes:
         rank_zero_info(f"From step {checkpoint['global_step'] + 1} on: {'; '.join(changes)}.")
 
 
-def _check_slot(path: str, slot: str, theirs: Any, mine: Any, free: Sequence[str]) -> None:
+def _slot_changes(path: str, slot: str, theirs: Any, mine: Any) -> list[str]:
+    """What the callback of a slot does differently from here on; refused where it depends on how the run began."""
+    fixed = slot in SET_AT_THE_START
     if theirs is None or mine is None:
-        if theirs is not mine and slot != "anchor":  # ScaleAnchor itself says when it comes too late
-            which = "on" if mine else "off"
-            raise _refused(path, f"taper.{slot}", which, "off" if mine else "on")
-        return
+        if theirs is mine:
+            return []
+        words = ["off" if one is None else "on" for one in (mine, theirs)]
+        if fixed and slot != "anchor":  # ScaleAnchor itself says when it comes too late
+            raise _refused(path, f"taper.{slot}", *words)
+        return [_told(f"taper.{slot}", *words)]
     # By the class's own name: it may be imported from several places, and a checkpoint's word is never imported.
     names = [str(spec["class_path"]).rpartition(".")[2] for spec in (mine, theirs)]
     if names[0] != names[1]:
-        raise _refused(path, f"taper.{slot}", *names)
+        if fixed:
+            raise _refused(path, f"taper.{slot}", *names)
+        return [_told(f"taper.{slot}", *names)]
     # What the version that wrote the checkpoint did not know yet, it did as today's default does.
     defaults = {name: one.default for name, one in inspect.signature(class_of(mine)).parameters.items()}
     theirs, mine = {**defaults, **(theirs.get("init_args") or {})}, {**defaults, **(mine.get("init_args") or {})}
-    for name in mine.keys() | theirs.keys():
-        if name not in free and _differ(theirs.get(name), mine.get(name)):
-            raise _refused(path, f"taper.{slot}.{name}", mine.get(name), theirs.get(name))
+    changes = []
+    for name in sorted(mine.keys() | theirs.keys()):
+        if _differ(theirs.get(name), mine.get(name)):
+            if fixed and name not in SET_AT_THE_START[slot]:
+                raise _refused(path, f"taper.{slot}.{name}", mine.get(name), theirs.get(name))
+            changes.append(_told(f"taper.{slot}.{name}", mine.get(name), theirs.get(name)))
+    return changes
+
+
+def _told(option: str, now: Any, before: Any) -> str:
+    return f"{option} {now} (before: {before})"
 
 
 def _refused(path: str, option: str, mine: Any, theirs: Any) -> TaperlitError:

@@ -74,7 +74,7 @@ def learning_rates(run):
 
 
 def test_what_is_given_on_resume_is_applied_from_the_next_step_on(tmp_path, text, caplog):
-    begin = ["--model.lr=1e-3", "--model.warmup=4", "--trainer.max_steps=10"]
+    begin = ["--model.lr=1e-3", "--model.warmup=4", "--model.decay_start=0", "--trainer.max_steps=10"]
     run = fit(tmp_path, text, *begin)
     for step, lr in learning_rates(run).items():
         assert lr == pytest.approx(1e-3 * warmup_cosine(step, 4, 10, 0.1), rel=1e-5)
@@ -99,9 +99,27 @@ def test_what_is_given_on_resume_is_applied_from_the_next_step_on(tmp_path, text
     assert "trainer.max_steps 16 (before: 10), and the gate keeps its steps" in told
 
 
+def test_slots_that_are_turned_or_changed_on_resume_are_told(tmp_path, text, caplog):
+    run = fit(tmp_path, text, "--taper.tail=true", "--taper.decay=true", "--trainer.max_steps=10")
+    caplog.clear()
+    given = ["--taper.tail=TailPenalty", "--taper.tail.weight=0.5", "--taper.lr_dip=true", "--taper.monitor.every=3"]
+    fit(tmp_path, text, *LAST, *given, "--taper.anchor.fade=15", "--trainer.max_steps=20")
+    (told,) = [record.message for record in caplog.records if record.message.startswith("From step 11 on: ")]
+    for change in ("taper.tail.weight 0.5 (before: 1.0)", "taper.lr_dip on (before: off)", "taper.monitor.every 3 (",
+                   "taper.anchor.fade 15 (before: None)", "taper.decay off (before: on)"):  # fmt: skip
+        assert change in told
+    saved = read_checkpoint(run / "checkpoints/last.ckpt")
+    assert "LearningRateDip" in saved["callbacks"]
+    assert saved["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.1
+    caplog.clear()
+    fit(tmp_path, text, *LAST, *given, "--taper.anchor.fade=15", "--trainer.max_steps=22")
+    (told,) = [record.message for record in caplog.records if record.message.startswith("From step 21 on: ")]
+    assert "taper." not in told
+
+
 def test_a_path_is_resumed_with_what_is_given_too(tmp_path, text):
     run = fit(tmp_path, text, "--model.lr=1e-3", "--trainer.max_steps=10")
-    given = ["--ckpt_path", str(run / "checkpoints/last.ckpt"), "--model.lr=2e-4"]
+    given = ["--ckpt_path", str(run / "checkpoints/last.ckpt"), "--model.lr=2e-4", "--model.decay_start=0"]
     again = fit(tmp_path, text, *given)
     assert again.name == "version_1"
     for step in range(10, 20):
