@@ -104,13 +104,12 @@ def ideas(options: Options) -> list[Run]:
 
 
 def ours(options: Options) -> list[Run]:
-    """Ours with the baselines of its own model and of the size's, and the paper's own settings in the plain size."""
+    """Ours and its baseline, and beside them the paper's own settings in the plain model of the same size."""
     size = SIZES[options.size]
     variants = options.pick(("baseline", "internal_aux", "all_aux"))
     found = []
     for seed, each in itertools.product(options.pick_seeds(), options.lengths or size.lengths[-2:]):
         found += [Run(options.size, options.corpus, v, seed, each, options.lr, idea=OURS) for v in variants]
-        found.append(Run(options.size, options.corpus, "baseline", seed, each, options.lr))
         if size.plain is not None:
             found += [Run(size.plain, options.corpus, v, seed, each) for v in variants]
     return found

@@ -67,7 +67,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "gelu_tail": merged(_mlp("gelu"), _slot("tail", "TailPenalty", residual="model.final_norm", random_every=4)),
 }
 
-OURS = "gelu_fade"
+OURS = "fade"
 """What we taper with, in the sizes named ``_unit``."""
 
 

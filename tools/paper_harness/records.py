@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paper_harness.experiments import FIVE
-from paper_harness.ideas import OURS, of_the_model
+from paper_harness.ideas import OURS
 from paper_harness.runs import PAPER, hash_of
 from paper_harness.sizes import SIZES
 from taperlit.errors import TaperlitError
@@ -344,15 +344,14 @@ def idea_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
 
 
 def our_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
-    """The runs of ours, the baselines beside them, and those of the plain size at the paper's own settings."""
+    """The runs of ours and their baselines, and those of the plain size at the paper's own settings beside them."""
     every = [*runs]
-    models = ("", of_the_model(OURS))
     places = {run.place for run in every if run.idea == OURS and run.variant in FIVE}
     plain = {(SIZES[size].plain, corpus, length) for size, corpus, _, length in places if size in SIZES}
     return [
         run
         for run in every
-        if (run.place in places and (run.idea == OURS or (run.variant == BASELINE and run.idea in models)))
+        if (run.place in places and (run.idea == OURS or (run.standard and run.variant == BASELINE)))
         or ((run.settings["size"], run.settings["corpus"], run.length) in plain and _beside_ours(run))
     ]
 
