@@ -173,7 +173,7 @@ def test_options_that_no_class_checks():
         ("--model.warmup=-0.5", "model.warmup is -0.5"),
         ("--taper.gate.warmup=-1", "GateSchedule.warmup is -1"),
         ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps is 0"),
-        ("--taper.gate.end=0.2", "GateSchedule.end is 0.2"),  # where the config's warm-up ends
+        ("--taper.gate.end=0.05", "GateSchedule.end is 0.05"),  # where the config's warm-up ends
     ],
 )
 def test_the_command_line_says_it_in_one_line(capsys, option, said):
