@@ -22,7 +22,7 @@ SMALL = [
     "--data.vocab_size=300", "--data.block_size=32", "--data.batch_size=4", "--data.val_fraction=0.2",
     "--trainer.max_steps=20", "--trainer.val_check_interval=10", "--trainer.limit_val_batches=4",
     "--trainer.log_every_n_steps=1", "--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false",
-    "--taper.monitor.every=1",
+    "--taper.monitor.every=1", "--taper.gate.warmup=0.2", "--taper.gate.end=0.6",
 ]  # fmt: skip
 
 
