@@ -1,4 +1,4 @@
-"""How one ``--config`` lies over another: which fields it keeps, and what it takes back."""
+"""How one ``--config`` or option lies over another: which fields it keeps, and what it takes back or turns on."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from taperlit.cli.slots import SLOTS
 
 Leaves = dict[tuple[str, ...], Any]  # values by the path of keys to them
 FIELDS = ("model", "overrides")  # a mapping that the parser takes for one value
@@ -30,6 +32,30 @@ def keep_fields(args: Sequence[str]) -> list[str]:
         elif name is not None and mine:
             kept += [f"--{'.'.join(FIELDS)}.{key}={_written(fields[key])}" for key in fields.keys() - mine.keys()]
         fields |= mine
+    return kept
+
+
+def turn_on(args: Sequence[str]) -> list[str]:
+    """The same arguments where an option of a slot's callback comes after the callback, also of a slot that is off.
+
+    The parser knows a callback's options by its class. So a slot that has none when an option of it is given (it is off
+    by default, or was given as true, false or null) is given its own callback first.
+
+    Args:
+        args: the command's arguments.
+    """
+    filled = {name for name, slot in SLOTS.items() if slot.on}
+    kept: list[str] = []
+    for taken, _, leaves in _walk(args):
+        for name, slot in SLOTS.items():
+            given = {path[2:]: value for path, value in leaves.items() if path[:2] == ("taper", name)}
+            if () in given:
+                (filled.add if isinstance(given[()], str) else filled.discard)(name)
+            elif given and name not in filled:
+                if ("class_path",) not in given:
+                    kept.append(f"--taper.{name}={json.dumps(slot.spec)}")
+                filled.add(name)
+        kept += taken
     return kept
 
 

@@ -24,7 +24,7 @@ from taperlit.callbacks.predictions import PredictionWriter
 from taperlit.checkpoint.sizes import check_memory
 from taperlit.cli.claim import claimed_folder
 from taperlit.cli.options import OneLineErrors
-from taperlit.cli.overlays import keep_fields, without_effect
+from taperlit.cli.overlays import keep_fields, turn_on, without_effect
 from taperlit.cli.quiet import quiet
 from taperlit.cli.resume import KEYWORDS, check, find_last, look_into
 from taperlit.cli.signals import ToldToStop, how
@@ -40,11 +40,11 @@ from taperlit.training.trainer import Trainer
 
 
 class TrainerParser(OneLineErrors, LightningArgumentParser):
-    """LightningCLI's parser with errors of one line, and overlays that change single fields of the model."""
+    """LightningCLI's parser with errors of one line, overlays of single fields, and options that turn a slot on."""
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the parser's own."""
-        return super().parse_args(keep_fields(sys.argv[1:] if args is None else args), *rest, **kwargs)
+        return super().parse_args(turn_on(keep_fields(sys.argv[1:] if args is None else args)), *rest, **kwargs)
 
 
 class RunRecord(SaveConfigCallback):

@@ -1,3 +1,4 @@
+import inspect
 import sys
 from copy import deepcopy
 from functools import cache
@@ -161,6 +162,44 @@ def test_flags_reach_into_the_default_slots_and_into_a_configs():
     assert config.taper.guard.init_args.skip
     config = parse("--model.preset=small_1m", "--model.taper=all", "--taper.gate.warmup=10")
     assert (config.taper.gate.init_args.warmup, config.taper.gate.init_args.end) == (10, 0.5)
+
+
+@pytest.mark.parametrize("slot", [name for name, slot in SLOTS.items() if not slot.on])
+def test_an_option_of_a_slot_that_is_off_turns_it_on(slot):
+    kind = SLOTS[slot].kind
+    option = next(iter(inspect.signature(kind).parameters.values()))
+    config = quickstart(f"--taper.{slot}.{option.name}={yaml.safe_dump(option.default).split()[0]}")
+    assert config.taper[slot] == quickstart(f"--taper.{slot}=true").taper[slot]
+    assert config.taper[slot].class_path == f"taperlit.{kind.__name__}"
+
+
+@pytest.mark.parametrize(
+    "before", [["=true"], ["=false"], ["=null"], ["=true", ".multiple=5"], ["=TailPenalty"], [".weight=3"], []]
+)
+def test_an_option_counts_wherever_the_slot_stood(tmp_path, before):
+    """So in files as on the command line; what was given before stays, but for what it turned off."""
+    given = [f"--taper.tail{one}" for one in before]
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("taper: {tail: {init_args: {random_every: 4}}}")
+    for option in (["--taper.tail.random_every=4"], ["--config", str(overlay)]):
+        got = quickstart(*given, *option).taper.tail.init_args
+        assert got.random_every == 4
+        assert got.multiple == (5 if ".multiple=5" in before else 3)
+        assert got.weight == (3 if ".weight=3" in before else 1)
+        assert got.residual == (None if "=TailPenalty" in before else "model.final_norm")
+        assert quickstart(*given, *option, "--taper.tail=false").taper.tail is None
+
+
+def test_an_overlay_that_turns_the_anchor_off_leaves_its_module_to_the_option_that_turns_it_on():
+    config = quickstart("--config", str(CONFIGS / "taper/internal.yaml"), "--taper.anchor.weight=0.3")
+    assert config.taper.anchor.init_args.module == "model.final_norm"
+    assert config.taper.anchor.init_args.weight == 0.3
+
+
+def test_an_option_that_a_slots_callback_does_not_have_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        quickstart("--taper.tail.bogus=4")
+    assert "'bogus' is not accepted" in capsys.readouterr().err
 
 
 def test_one_rate_for_both_averages_unless_a_slot_has_its_own():
