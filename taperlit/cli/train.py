@@ -256,4 +256,5 @@ def _lightnings_errors(command: str) -> Iterator[None]:
     except RuntimeError as error:
         if "data_parallel_size" not in str(error):  # ModelParallelStrategy's, of sizes that are not the processes'
             raise
-        raise TaperlitError(" ".join(str(error).split())) from error
+        mend = "Set --trainer.strategy.data_parallel_size to the number of processes over tensor_parallel_size."
+        raise TaperlitError(f"{' '.join(str(error).split())} {mend}") from error

@@ -115,7 +115,7 @@ def test_low_precision_keeps_its_statistics_in_float32(home, one, way, precision
 @pytest.mark.parametrize(
     ("strategy", "extra", "words"),
     [
-        (FSDP2.replace("data_parallel_size: 2", "data_parallel_size: 3"), [], "data_parallel_size=3"),
+        (FSDP2.replace("data_parallel_size: 2", "data_parallel_size: 3"), [], "--trainer.strategy.data_parallel_size"),
         (TENSOR, ["--model.overrides.n_head=1"], "n_head 1 is not a multiple of the strategy's tensor_parallel_size 2"),
     ],
 )
