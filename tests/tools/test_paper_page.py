@@ -554,6 +554,16 @@ def test_a_short_run_is_held_to_the_baseline_of_its_draw():
     assert gaps[1:] == ["+10.00%", "diverged at step 7, gate 0.50"]
 
 
+def test_short_runs_of_two_sizes_are_told_apart():
+    drawn = [run for run in stored() if run.draw is not None]
+    others = [StoredRun({**run.record, "settings": {**run.settings, "size": "other"}}) for run in drawn]
+    one, both = (short.section(runs).lines for runs in (drawn, [*drawn, *others]))
+    rows = [line for line in one if line.startswith("|")]
+    assert rows
+    assert [line for line in both if line.startswith("|")] == 2 * rows
+    assert [line for line in both if line.startswith("###")] == [f"### {drawn[0].setup.size}", "### other"]
+
+
 def test_finetune_and_decode_read_what_our_commands_wrote():
     told = json.loads((ROOT / "docs/results/smollm2.json").read_text())
     section = finetune.section(ROOT / "docs/results/smollm2.json")

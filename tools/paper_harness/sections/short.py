@@ -19,19 +19,24 @@ MOST = 0.02  # gap to the baseline that no run should have
 def section(runs: Sequence[StoredRun]) -> Section:
     """The table of all ways to taper, that of the runs, the rows and the figure."""
     picked = without_doubles(runs)
-    draws = {draw: tried_in(own) for draw, own in sorted(grouped(picked.runs, lambda run: run.draw).items())}
-    ways = {(row.idea, row.variant): None for rows in draws.values() for row in rows if row.variant != BASELINE}
-    found = {way: [row for rows in draws.values() for row in rows if (row.idea, row.variant) == way] for way in ways}
+    sizes = grouped(picked.runs, lambda run: run.setup.size)
+    drawn = {size: _by_draw(own) for size, own in sizes.items()}
+    found = {size: _by_way(draws) for size, draws in drawn.items()}
     lines = [
         "Each draw has its own steps (uniform in the logarithm), learning rate (likewise), corpus and seed. The gap is "
         f"to the baseline of the same draw and model; a run loses where it is over {MOST:+.0%}.",
         "",
-        *_summary(found),
-        *_each(draws, list(ways)),
+        *(
+            line
+            for size, draws in drawn.items()
+            for line in (f"### {size}", "", *_summary(found[size]), *_each(draws, list(found[size])))
+        ),
         *left_out(picked.superseded),
     ]
+    dots = {f"{size}, {_name(way)}": rows for size, ways in found.items() for way, rows in ways.items()}
     rows = [
         [draw, row.idea, *run_row(run, None if row.variant == BASELINE else row.gaps().get(seed))]
+        for draws in drawn.values()
         for draw, tried in draws.items()
         for row in tried
         for seed, run in sorted(row.runs.items())
@@ -43,8 +48,24 @@ def section(runs: Sequence[StoredRun]) -> Section:
         columns=("draw", "idea", *RUN_COLUMNS),
         rows=rows,
         caption="Gap to the baseline of the same draw and model, a dot per draw; at the right how many diverged.",
-        draw=partial(_draw, found) if any(row.gaps() for rows in found.values() for row in rows) else None,
+        draw=partial(_draw, dots) if any(row.gaps() for rows in dots.values() for row in rows) else None,
     )
+
+
+def _by_draw(runs: Sequence[StoredRun]) -> dict[int | None, list[Tried]]:
+    return {draw: tried_in(own) for draw, own in sorted(grouped(runs, lambda run: run.draw).items())}
+
+
+def _by_way(draws: dict[int | None, list[Tried]]) -> dict[tuple[str, str], list[Tried]]:
+    """The rows of all draws by idea and variant."""
+    found: dict[tuple[str, str], list[Tried]] = {}
+    for row in (row for rows in draws.values() for row in rows if row.variant != BASELINE):
+        found.setdefault(_way(row), []).append(row)
+    return found
+
+
+def _way(row: Tried) -> tuple[str, str]:
+    return row.idea, row.variant
 
 
 def _name(way: tuple[str, str]) -> str:
@@ -74,7 +95,7 @@ def _each(draws: dict[int | None, list[Tried]], ways: list[tuple[str, str]]) -> 
     rows = []
     for draw, tried in draws.items():
         run = next(run for row in tried for run in row.runs.values())
-        by_way = {(row.idea, row.variant): row for row in tried}
+        by_way = {_way(row): row for row in tried}
         base = by_way.get(("", BASELINE))
         loss = "" if base is None else ", ".join(f"{one.loss:.4f}" for one in base.runs.values())
         cells = [_cell(by_way[way]) if way in by_way else "" for way in ways]
@@ -86,17 +107,17 @@ def _cell(row: Tried) -> str:
     return "; ".join([*(percent(gap) for gap in row.gaps().values()), *(run.fate for run in row.lost)])
 
 
-def _draw(found: dict[tuple[str, str], list[Tried]], path: Path) -> None:
-    with canvas(path, 1, 1, 0.9 + 0.3 * len(found)) as (_, panels):
+def _draw(dots: dict[str, list[Tried]], path: Path) -> None:
+    with canvas(path, 1, 1, 0.9 + 0.3 * len(dots)) as (_, panels):
         axis = panels[0][0]
         axis.axvline(0, color=color_of(BASELINE), linewidth=1.2)
         axis.axvline(MOST, color=color_of(BASELINE), linewidth=0.8, linestyle=":")
-        for at, (way, tried) in enumerate(found.items()):
+        for at, tried in enumerate(dots.values()):
             gaps = [gap for row in tried for gap in row.gaps().values()]
-            axis.plot(gaps, [at] * len(gaps), "o", color=color_of(way[1]), alpha=0.5, markersize=4)
+            axis.plot(gaps, [at] * len(gaps), "o", color=color_of(tried[0].variant), alpha=0.5, markersize=4)
             if lost := sum(len(row.lost) for row in tried):
                 axis.annotate(f"{lost} lost", (1.01, at), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-        axis.set_yticks(range(len(found)), [_name(way) for way in found], fontsize=7.5)
-        axis.set_ylim(len(found) - 0.5, -0.5)
+        axis.set_yticks(range(len(dots)), list(dots), fontsize=7.5)
+        axis.set_ylim(len(dots) - 0.5, -0.5)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         axis.set_xlabel("gap to the baseline")
