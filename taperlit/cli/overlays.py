@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -35,35 +35,68 @@ def keep_fields(args: Sequence[str]) -> list[str]:
     return kept
 
 
+class _Slots(NamedTuple):
+    """What one option or file means for the slots.
+
+    Args:
+        arguments: as they were given.
+        file: its name, where it is one.
+        filled: slots that it gives options of, and that have no callback yet.
+        off: those of them that stay off.
+    """
+
+    arguments: list[str]
+    file: str | None
+    filled: list[str]
+    off: list[str]
+
+
 def turn_on(args: Sequence[str]) -> list[str]:
     """The same arguments where an option of a slot's callback comes after the callback, also of a slot that is off.
 
     The parser knows a callback's options by its class. So a slot that has none when an option of it is given (it is off
-    by default, or was given as true, false or null) is given its own callback first.
+    by default, or was given as true, false or null) is given its own callback first. But a file's options leave a slot
+    off that was turned off before, unless they name its class, so that an overlay may say how a callback is without
+    saying that it is there.
 
     Args:
         args: the command's arguments.
     """
-    filled = {name for name, slot in SLOTS.items() if slot.on}
     kept: list[str] = []
-    for taken, _, leaves in _walk(args):
+    for one in _slots(args):
+        kept += [f"--taper.{name}={json.dumps(SLOTS[name].spec)}" for name in one.filled]
+        kept += [*one.arguments, *(f"--taper.{name}=null" for name in one.off)]
+    return kept
+
+
+def _slots(args: Sequence[str]) -> Iterator[_Slots]:
+    states = {name: "full" if slot.on else "empty" for name, slot in SLOTS.items()}
+    for taken, file, leaves in _walk(args):
+        filled, off = [], []
         for name, slot in SLOTS.items():
             given = {path[2:]: value for path, value in leaves.items() if path[:2] == ("taper", name)}
-            if () in given:
-                (filled.add if isinstance(given[()], str) else filled.discard)(name)
-            elif given and name not in filled:
-                if ("class_path",) not in given:
-                    kept.append(f"--taper.{name}={json.dumps(slot.spec)}")
-                filled.add(name)
-        kept += taken
-    return kept
+            if ("class_path",) in given or isinstance(given.get(()), str):
+                if states[name] != "full" and given.get(("class_path",)) == slot.spec["class_path"]:
+                    filled.append(name)
+                states[name] = "full"
+            elif () in given:
+                turned_off = given[()] is False or (given[()] is None and slot.on)
+                states[name] = "off" if turned_off else "empty"
+            elif given and states[name] != "full":
+                filled.append(name)
+                if states[name] == "off" and file is not None:
+                    off.append(name)
+                else:
+                    states[name] = "full"
+        yield _Slots(taken, file, filled, off)
 
 
 def without_effect(args: Sequence[str], gathered: Collection[str] = ()) -> list[str]:
     """A line for each ``--config`` of a command whose every value a later file or option sets to something else.
 
     Later ones win, so that the order of two overlays decides which of them a run has. A file that repeats what another
-    says is not told. What cannot be read is left to the parser.
+    says is not told. Another line tells each slot that a file has options of and that stays off. What cannot be read is
+    left to the parser.
 
     Args:
         args: the command's arguments.
@@ -79,6 +112,10 @@ def without_effect(args: Sequence[str], gathered: Collection[str] = ()) -> list[
         if all(taker is not None for taker in takers) and any(not same for _, same in filter(None, takers)):
             by = dict.fromkeys(taker for taker, _ in filter(None, takers))
             lines.append(f"--config {name} has no effect: all that it sets is set again by {' and '.join(by)}.")
+    for one in _slots(args):
+        lines += [
+            f"taper.{slot} is off, so that its options in --config {one.file} have no effect." for slot in one.off
+        ]
     return lines
 
 
@@ -86,7 +123,8 @@ def _taken_by(path: tuple[str, ...], value: Any, later: list[tuple[str | None, L
     """Which of the later ones has the last word on a value, and whether it says the same; None where nothing does."""
     for name, leaves in reversed(later):
         for other, its in leaves.items():
-            within = other[: len(path)] == path and (value in (None, False) or other[len(path) :] == ("class_path",))
+            turned_off = value in (None, False) and (name is None or path[0] != "taper")  # see turn_on
+            within = other[: len(path)] == path and (turned_off or other[len(path) :] == ("class_path",))
             if within or other == path[: len(other)]:
                 return (f"--{'.'.join(other)}" if name is None else name), other == path and its == value
     return None

@@ -74,7 +74,7 @@ SLOTS = {
     "massive": Slot("shrinks the units that write massive activations", ShrinkMassive, {}, _GATED, on=False),
     "rows": Slot("keeps the rows of the token embedding at one norm", EqualRows, {}, on=False),
     "writes": Slot("bounds what one direction writes to the residual stream", BoundedWrites, {}, on=False),
-    "anchor": Slot("adds the scale loss", ScaleAnchor, {"module": "model.final_norm"}, _GATED),
+    "anchor": Slot("adds the scale loss", ScaleAnchor, {"module": "model.final_norm", "fade": 0.5}, _GATED),
     "tail": Slot(
         "holds down tokens of many times the mean scale",
         TailPenalty,

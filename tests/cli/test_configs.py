@@ -10,6 +10,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
+from taperlit.cli.overlays import without_effect
 from taperlit.cli.slots import SLOTS
 from taperlit.cli.train import TaperlitCLI, build_cli
 from taperlit.errors import TaperlitError
@@ -173,15 +174,19 @@ def test_an_option_of_a_slot_that_is_off_turns_it_on(slot):
     assert config.taper[slot].class_path == f"taperlit.{kind.__name__}"
 
 
-@pytest.mark.parametrize(
-    "before", [["=true"], ["=false"], ["=null"], ["=true", ".multiple=5"], ["=TailPenalty"], [".weight=3"], []]
-)
+BEFORE = [["=true"], ["=false"], ["=null"], ["=true", ".multiple=5"], ["=TailPenalty"], [".weight=3"], []]
+
+
+@pytest.mark.parametrize("before", BEFORE)
 def test_an_option_counts_wherever_the_slot_stood(tmp_path, before):
-    """So in files as on the command line; what was given before stays, but for what it turned off."""
+    """What was given before stays, but for what it turned off; a file leaves off what was turned off."""
     given = [f"--taper.tail{one}" for one in before]
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("taper: {tail: {init_args: {random_every: 4}}}")
     for option in (["--taper.tail.random_every=4"], ["--config", str(overlay)]):
+        if "=false" in before and "--config" in option:
+            assert quickstart(*given, *option).taper.tail is None
+            continue
         got = quickstart(*given, *option).taper.tail.init_args
         assert got.random_every == 4
         assert got.multiple == (5 if ".multiple=5" in before else 3)
@@ -190,10 +195,18 @@ def test_an_option_counts_wherever_the_slot_stood(tmp_path, before):
         assert quickstart(*given, *option, "--taper.tail=false").taper.tail is None
 
 
-def test_an_overlay_that_turns_the_anchor_off_leaves_its_module_to_the_option_that_turns_it_on():
-    config = quickstart("--config", str(CONFIGS / "taper/internal.yaml"), "--taper.anchor.weight=0.3")
-    assert config.taper.anchor.init_args.module == "model.final_norm"
-    assert config.taper.anchor.init_args.weight == 0.3
+@pytest.mark.parametrize("off", ["null", "false"])
+def test_an_anchor_that_is_off_is_turned_on_by_an_option_and_not_by_an_overlay(tmp_path, off):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("taper: {anchor: {init_args: {weight: 0.3}}}")
+    named = ["--config", str(CONFIGS / "taper/internal_aux.yaml"), "--config", str(overlay)]
+    for on in (["--taper.anchor.weight=0.3"], ["--taper.anchor=true", "--config", str(overlay)], named):
+        anchor = quickstart(f"--taper.anchor={off}", *on).taper.anchor.init_args
+        assert (anchor.module, anchor.fade, anchor.weight) == ("model.final_norm", 0.5, 0.3)
+    args = ["--config", str(CONFIGS / "quickstart.yaml"), f"--taper.anchor={off}", f"--config={overlay}"]
+    assert parse(*args).taper.anchor is None
+    (line,) = without_effect(args)
+    assert line.startswith(f"taper.anchor is off, so that its options in --config {overlay}")
 
 
 def test_an_option_that_a_slots_callback_does_not_have_is_refused(capsys):
@@ -281,6 +294,7 @@ def test_the_papers_settings_go_over_any_run_and_overlay(run, overlay):
     before, config = parse(*files), parse(*files, f"--config={CONFIGS / 'taper/paper.yaml'}")
     assert slots(config) == slots(before)
     assert config.model.taper == before.model.taper
+    assert before.taper.anchor is None or before.taper.anchor.init_args.fade == 0.5
     assert {**(before.model.overrides or {}), "embed_norm": False, "init": "gpt2"} == config.model.overrides
     assert (config.model.taper_bias, config.model.decay_start) == (False, 0)
     if "gate" in slots(config):

@@ -244,6 +244,8 @@ def fit_config(
     guard = _spec("FiniteGuard", {"skip": False})
     watching = {"monitor": _spec("TaperMonitor", monitor), "guard": guard, "fold": None, "tails": None}
     config["taper"] = ideas.merged(watching, config["taper"])  # an idea may have the guard act
+    if config["taper"].get("anchor"):  # the paper's does not fade; a stored run keeps its hash
+        config["taper"]["anchor"]["init_args"].setdefault("fade", None)
     return config
 
 
