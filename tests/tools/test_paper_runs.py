@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -33,6 +34,7 @@ from paper_harness.runs import Run, hash_of  # noqa: E402
 from paper_harness.sizes import SIZES  # noqa: E402
 
 from taperlit import LanguageModel, Trainer  # noqa: E402
+from taperlit.cli.train import TaperlitCLI  # noqa: E402
 from taperlit.data.module import default_cache  # noqa: E402
 from taperlit.errors import TaperlitError  # noqa: E402
 from taperlit.transformer import Transformer, TransformerConfig  # noqa: E402
@@ -353,6 +355,17 @@ def test_an_error_is_no_result(place, monkeypatch):
     with pytest.raises(TaperlitError, match=r"less than one batch"):
         workers.do_all([settings], place, 1)
     assert not runs.record_path(place.out, hash_of(settings)).exists()
+
+
+@pytest.mark.parametrize(("idea", "fade"), [(None, None), ("fade", 0.5), ("early", None)])
+def test_the_papers_scale_loss_does_not_fade_as_the_commands_does(tmp_path, monkeypatch, idea, fade):
+    settings = dataclasses.replace(small("all_aux"), idea=idea).settings()
+    assert settings["config"]["taper"]["anchor"]["init_args"].get("fade") == fade
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(runs.fit_config(settings, tmp_path / "fit", "cpu")))
+    for built in ("instantiate_classes", "_run_subcommand"):
+        monkeypatch.setattr(TaperlitCLI, built, lambda self, *args: None)
+    assert runs._fit(path).config["fit"].taper.anchor.init_args.fade == fade
 
 
 @pytest.mark.slow
