@@ -1,13 +1,11 @@
-"""How one ``--config`` or option lies over another: which fields it keeps, and what it takes back or turns on."""
+"""How one ``--config`` or option lies over another: which fields it keeps, and what it takes back."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-
-from taperlit.cli.slots import SLOTS
 
 Leaves = dict[tuple[str, ...], Any]  # values by the path of keys to them
 FIELDS = ("model", "overrides")  # a mapping that the parser takes for one value
@@ -24,7 +22,7 @@ def keep_fields(args: Sequence[str]) -> list[str]:
     """
     kept: list[str] = []
     fields: dict[str, Any] = {}
-    for taken, name, leaves in _walk(args):
+    for taken, name, leaves in walk(args):
         kept += taken
         mine = {path[2]: value for path, value in leaves.items() if path[:2] == FIELDS and len(path) > 2}
         if FIELDS in leaves:  # null, or no mapping
@@ -35,68 +33,11 @@ def keep_fields(args: Sequence[str]) -> list[str]:
     return kept
 
 
-class _Slots(NamedTuple):
-    """What one option or file means for the slots.
-
-    Args:
-        arguments: as they were given.
-        file: its name, where it is one.
-        filled: slots that it gives options of, and that have no callback yet.
-        off: those of them that stay off.
-    """
-
-    arguments: list[str]
-    file: str | None
-    filled: list[str]
-    off: list[str]
-
-
-def turn_on(args: Sequence[str]) -> list[str]:
-    """The same arguments where an option of a slot's callback comes after the callback, also of a slot that is off.
-
-    The parser knows a callback's options by its class. So a slot that has none when an option of it is given (it is off
-    by default, or was given as true, false or null) is given its own callback first. But a file's options leave a slot
-    off that was turned off before, unless they name its class, so that an overlay may say how a callback is without
-    saying that it is there.
-
-    Args:
-        args: the command's arguments.
-    """
-    kept: list[str] = []
-    for one in _slots(args):
-        kept += [f"--taper.{name}={json.dumps(SLOTS[name].spec)}" for name in one.filled]
-        kept += [*one.arguments, *(f"--taper.{name}=null" for name in one.off)]
-    return kept
-
-
-def _slots(args: Sequence[str]) -> Iterator[_Slots]:
-    states = {name: "full" if slot.on else "empty" for name, slot in SLOTS.items()}
-    for taken, file, leaves in _walk(args):
-        filled, off = [], []
-        for name, slot in SLOTS.items():
-            given = {path[2:]: value for path, value in leaves.items() if path[:2] == ("taper", name)}
-            if ("class_path",) in given or isinstance(given.get(()), str):
-                if states[name] != "full" and given.get(("class_path",)) == slot.spec["class_path"]:
-                    filled.append(name)
-                states[name] = "full"
-            elif () in given:
-                turned_off = given[()] is False or (given[()] is None and slot.on)
-                states[name] = "off" if turned_off else "empty"
-            elif given and states[name] != "full":
-                filled.append(name)
-                if states[name] == "off" and file is not None:
-                    off.append(name)
-                else:
-                    states[name] = "full"
-        yield _Slots(taken, file, filled, off)
-
-
 def without_effect(args: Sequence[str], gathered: Collection[str] = ()) -> list[str]:
     """A line for each ``--config`` of a command whose every value a later file or option sets to something else.
 
     Later ones win, so that the order of two overlays decides which of them a run has. A file that repeats what another
-    says is not told. Another line tells each slot that a file has options of and that stays off. What cannot be read is
-    left to the parser.
+    says is not told. What cannot be read is left to the parser.
 
     Args:
         args: the command's arguments.
@@ -112,10 +53,6 @@ def without_effect(args: Sequence[str], gathered: Collection[str] = ()) -> list[
         if all(taker is not None for taker in takers) and any(not same for _, same in filter(None, takers)):
             by = dict.fromkeys(taker for taker, _ in filter(None, takers))
             lines.append(f"--config {name} has no effect: all that it sets is set again by {' and '.join(by)}.")
-    for one in _slots(args):
-        lines += [
-            f"taper.{slot} is off, so that its options in --config {one.file} have no effect." for slot in one.off
-        ]
     return lines
 
 
@@ -123,7 +60,7 @@ def _taken_by(path: tuple[str, ...], value: Any, later: list[tuple[str | None, L
     """Which of the later ones has the last word on a value, and whether it says the same; None where nothing does."""
     for name, leaves in reversed(later):
         for other, its in leaves.items():
-            turned_off = value in (None, False) and (name is None or path[0] != "taper")  # see turn_on
+            turned_off = value in (None, False) and (name is None or path[0] != "taper")  # see cli.slots.turn_on
             within = other[: len(path)] == path and (turned_off or other[len(path) :] == ("class_path",))
             if within or other == path[: len(other)]:
                 return (f"--{'.'.join(other)}" if name is None else name), other == path and its == value
@@ -132,11 +69,11 @@ def _taken_by(path: tuple[str, ...], value: Any, later: list[tuple[str | None, L
 
 def _given(args: Sequence[str]) -> Iterator[tuple[str | None, Leaves]]:
     """Files with their names, and other options without, in the order in which they are applied."""
-    return ((name, leaves) for _, name, leaves in _walk(args) if leaves or name is not None)
+    return ((name, leaves) for _, name, leaves in walk(args) if leaves or name is not None)
 
 
-def _walk(args: Sequence[str]) -> Iterator[tuple[list[str], str | None, Leaves]]:
-    """The arguments of each option, the file's name where it is one, and the values that it sets."""
+def walk(args: Sequence[str]) -> Iterator[tuple[list[str], str | None, Leaves]]:
+    """The arguments of each option of a command, the file's name where it is one, and the values that it sets."""
     waiting = [*args]
     while waiting:
         taken = [waiting.pop(0)]

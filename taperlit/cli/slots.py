@@ -1,7 +1,8 @@
 """Which callbacks a run has: ``model.taper`` says it, slots override, and every run has a few of its own."""
 
 import inspect
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from taperlit.callbacks import (
 )
 from taperlit.callbacks.predictions import PredictionWriter
 from taperlit.callbacks.run_summary import RunSummary
+from taperlit.cli.overlays import walk
 from taperlit.errors import TaperlitError
 from taperlit.training.policy import POLICIES
 
@@ -131,6 +133,71 @@ def add_slots(parser: LightningArgumentParser) -> None:
         default=None,
         help="of the moving averages of taper.alignment and taper.anchor, where these keep their own default",
     )
+
+
+class _Slots(NamedTuple):
+    """What one option or file means for the slots.
+
+    Args:
+        arguments: as they were given.
+        file: its name, where it is one.
+        filled: slots that it gives options of, and that have no callback yet.
+        off: those of them that stay off.
+    """
+
+    arguments: list[str]
+    file: str | None
+    filled: list[str]
+    off: list[str]
+
+
+def turn_on(args: Sequence[str]) -> list[str]:
+    """The same arguments where an option of a slot's callback comes after the callback, also of a slot that is off.
+
+    The parser knows a callback's options by its class. So a slot that has none when an option of it is given (it is off
+    by default, or was given as true, false or null) is given its own callback first. But a file's options leave a slot
+    off that was turned off before, unless they name its class, so that an overlay may say how a callback is without
+    saying that it is there.
+
+    Args:
+        args: the command's arguments.
+    """
+    kept: list[str] = []
+    for one in _slots(args):
+        kept += [f"--taper.{name}={json.dumps(SLOTS[name].spec)}" for name in one.filled]
+        kept += [*one.arguments, *(f"--taper.{name}=null" for name in one.off)]
+    return kept
+
+
+def stays_off(args: Sequence[str]) -> list[str]:
+    """A line for each slot that a ``--config`` of a command has options of and that stays off."""
+    return [
+        f"taper.{slot} is off, so that its options in --config {one.file} have no effect."
+        for one in _slots(args)
+        for slot in one.off
+    ]
+
+
+def _slots(args: Sequence[str]) -> Iterator[_Slots]:
+    states = {name: "full" if slot.on else "empty" for name, slot in SLOTS.items()}
+    for taken, file, leaves in walk(args):
+        filled, off = [], []
+        for name, slot in SLOTS.items():
+            given = {path[2:]: value for path, value in leaves.items() if path[:2] == ("taper", name)}
+            if ("class_path",) in given or isinstance(given.get(()), str):
+                if states[name] != "full" and given.get(("class_path",)) == slot.spec["class_path"]:
+                    filled.append(name)
+                states[name] = "full"
+            elif () in given:
+                turned_off = given[()] is False or (given[()] is None and slot.on)
+                states[name] = "off" if turned_off else "empty"
+            elif given and states[name] != "full":
+                filled.append(name)
+                if states[name] == "off" and file is not None:
+                    off.append(name)
+                else:
+                    states[name] = "full"
+        yield _Slots(taken, file, filled, off)
 
 
 def settle(config: Namespace, command: str) -> dict[str, Any]:

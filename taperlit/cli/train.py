@@ -24,11 +24,11 @@ from taperlit.callbacks.predictions import PredictionWriter
 from taperlit.checkpoint.sizes import check_memory
 from taperlit.cli.claim import claimed_folder
 from taperlit.cli.options import OneLineErrors
-from taperlit.cli.overlays import keep_fields, turn_on, without_effect
+from taperlit.cli.overlays import keep_fields, without_effect
 from taperlit.cli.quiet import quiet
 from taperlit.cli.resume import KEYWORDS, check, find_last, look_into
 from taperlit.cli.signals import ToldToStop, how
-from taperlit.cli.slots import SLOTS, add_slots, settle
+from taperlit.cli.slots import SLOTS, add_slots, settle, stays_off, turn_on
 from taperlit.cli.trainer_options import check_options
 from taperlit.data import TextDataModule
 from taperlit.errors import TaperlitError, Terminated
@@ -211,7 +211,7 @@ def run_trainer(command: str, args: Sequence[str]) -> None:
     torch.set_float32_matmul_precision("high")
     sys.argv = [sys.argv[0], command, *args]  # where LightningCLI looks, and what a DDP launch runs again
     with _lightnings_errors(command), quiet():
-        for line in without_effect(args):
+        for line in (*without_effect(args), *stays_off(args)):
             rank_zero_info(line)
         build_cli()
 

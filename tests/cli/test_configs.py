@@ -10,8 +10,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from taperlit.cli.overlays import without_effect
-from taperlit.cli.slots import SLOTS
+from taperlit.cli.slots import SLOTS, stays_off
 from taperlit.cli.train import TaperlitCLI, build_cli
 from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
@@ -205,7 +204,7 @@ def test_an_anchor_that_is_off_is_turned_on_by_an_option_and_not_by_an_overlay(t
         assert (anchor.module, anchor.fade, anchor.weight) == ("model.final_norm", 0.5, 0.3)
     args = ["--config", str(CONFIGS / "quickstart.yaml"), f"--taper.anchor={off}", f"--config={overlay}"]
     assert parse(*args).taper.anchor is None
-    (line,) = without_effect(args)
+    (line,) = stays_off(args)
     assert line.startswith(f"taper.anchor is off, so that its options in --config {overlay}")
 
 

@@ -106,7 +106,7 @@ def test_slots_that_are_turned_or_changed_on_resume_are_told(tmp_path, text, cap
     fit(tmp_path, text, *LAST, *given, "--taper.anchor.fade=15", "--trainer.max_steps=20")
     (told,) = [record.message for record in caplog.records if record.message.startswith("From step 11 on: ")]
     for change in ("taper.tail.weight 0.5 (before: 1.0)", "taper.lr_dip on (before: off)", "taper.monitor.every 3 (",
-                   "taper.anchor.fade 15 (before: None)", "taper.decay off (before: on)"):  # fmt: skip
+                   "taper.anchor.fade 15 (before: 0.5)", "taper.decay off (before: on)"):  # fmt: skip
         assert change in told
     saved = read_checkpoint(run / "checkpoints/last.ckpt")
     assert "LearningRateDip" in saved["callbacks"]
