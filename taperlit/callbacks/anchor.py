@@ -120,7 +120,9 @@ class ScaleAnchor(L.Callback):
         if self.fade is None or trainer.fast_dev_run:
             return None
         if trainer.max_steps < 1:
-            raise TaperlitError("ScaleAnchor.fade ends with the run: set trainer.max_steps, or leave it out.")
+            raise TaperlitError(
+                "ScaleAnchor.fade ends with the run: set trainer.max_steps, or fade to None (null in a config)."
+            )
         return resolve_steps(self.fade, trainer.max_steps, "ScaleAnchor.fade")
 
     def _release(self) -> None:
