@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from paper_harness import __main__ as command  # noqa: E402
 from paper_harness import figures, page, records, statistics, tables  # noqa: E402
+from paper_harness.experiments import PEERS  # noqa: E402
 from paper_harness.ideas import IDEAS, OURS  # noqa: E402
 from paper_harness.missing import missing  # noqa: E402
 from paper_harness.records import PICK, StoredRun, title  # noqa: E402
@@ -488,12 +489,14 @@ def test_ours_stands_beside_the_papers_settings():
     assert {run.idea for run in runs if run.variant != "baseline"} == {"", OURS}
     section = ours.section(runs)
     rows = [cells_of(line) for line in section.lines if line.startswith("| nano")]
-    told = [(row[0], row[1], row[2]) for row in rows[:6]]
-    assert sorted(told) == sorted(
+    told = [(row[0], row[1], row[2]) for row in rows[:9]]
+    peers = [("nano_unit", "", title(variant)) for variant in PEERS]
+    assert sorted(told) == sorted(peers + [
         (size, settings * (variant != "baseline"), title(variant))
         for size, settings in (("nano", "the paper's"), ("nano_unit", "ours"))
         for variant in ("baseline", "internal_aux", "all_aux")
-    )
+    ])  # fmt: skip
+    assert all(re.match(r"[+-]\d", row[8]) for row in rows[:9] if row[2] != "baseline")  # each has its gap
     assert {row[section.columns.index("run")] for row in section.rows} == {run.key for run in runs}
     (claim,) = section.claims
     assert "nano_unit, gcide, 20 tokens per parameter: Internal-Taper +aux" in claim.ours
@@ -523,6 +526,8 @@ def changed_by(change):
          "its 95% upper end"),
         ("all_aux", lambda r: r.result["val"][-1].__setitem__(1, r.result["val"][-1][1] * (1 - r.seed / 50)),
          "spread between seeds"),
+        ("all_aux", lambda r: r.result["val"][-1].__setitem__(1, r.result["val"][-1][1] * 1.2),
+         "mean gap to the lowest of FakeLN, DyT and Derf"),
         ("all_aux", lambda r: r.result["val"][3].__setitem__(1, 9.0), "widest gap while the gate falls"),
         ("all_aux", lambda r: r.result["tails"].update(loss_max=99.0), "largest token loss over the baseline's"),
         ("internal_aux", lambda r: r.result["random"].update(largest_loss=99.0), "the same on random tokens"),
@@ -535,6 +540,20 @@ def test_a_target_that_is_missed_is_told(variant, change, broken):
     _, missed = changed_by(lambda run: change(run) if run.variant == variant else None)
     assert f"{title(variant)}: {broken}" in missed
     assert all(what.startswith(title(variant)) for what in missed)
+
+
+def test_ours_is_held_to_the_peer_that_is_lowest_at_the_seeds_of_both():
+    runs = [run for run in PICK["ours"](stored()) if run.setup.size == "nano_unit" and run.length == 20]
+    seeds = {"baseline": (0, 1), "internal_aux": (0, 1), "fakeln": (1, 2), "dyt": (0, 1), "derf": (2,)}
+    losses = {"internal_aux": 2.0, "fakeln": 2.5, "dyt": 2.2, "derf": 1.0}
+    made = []
+    for run in runs:
+        if run.seed in seeds.get(run.variant, ()):
+            made.append(StoredRun(json.loads(json.dumps(run.record))))
+            made[-1].result["val"][-1][1] = losses.get(run.variant, 3.0) + (run.variant == "fakeln") * (run.seed - 1)
+    targets = table(ours.section(made).lines, "what")
+    row = targets["Internal-Taper +aux: mean gap to the lowest of FakeLN, DyT and Derf"]
+    assert (row["measured"], row["holds"]) == (f"{2.0 / 2.2 - 1:+.2%} (DyT)", "yes")
 
 
 def test_a_short_run_is_held_to_the_baseline_of_its_draw():

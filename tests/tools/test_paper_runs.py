@@ -524,16 +524,20 @@ def test_what_the_experiments_ask_for():
     assert [(run.seed, run.lr) for run in experiments.length(few)] == [(5, 1e-3)] * 2
 
 
-def test_ours_has_the_papers_settings_beside_it():
+def test_ours_has_the_papers_settings_and_at_one_length_its_peers_beside_it():
     asked = experiments.ours(experiments.Options(size="nano_unit", seeds=(0, 3), lr=1e-2))
-    assert {(run.size, run.own_idea, run.lr) for run in asked if run.variant != "baseline"} == {
+    peers = [run for run in asked if run.variant in experiments.PEERS]
+    assert {(run.size, run.own_idea, run.lr) for run in asked if run.variant.endswith("_aux")} == {
         ("nano_unit", OURS, 1e-2), ("nano", None, None)
     }  # fmt: skip
+    assert {(run.size, run.own_idea, run.lr, run.tokens_per_parameter) for run in peers} == {
+        ("nano_unit", None, 1e-2, 20)
+    }  # fmt: skip
     assert {run.tokens_per_parameter for run in asked} == {20, 40}
-    assert len({hash_of(run.settings()) for run in asked}) == len(asked) == 2 * 2 * 6
+    assert len({hash_of(run.settings()) for run in asked}) == len(asked) == 2 * (2 * 6 + 3)
     assert {run.size for run in experiments.ours(experiments.Options(size="micro_unit"))} == {"micro_unit"}
     assert asked[0].settings()["config"]["model"]["decay_start"] == 0.5
-    assert "decay_start" not in asked[3].settings()["config"]["model"]
+    assert "decay_start" not in asked[6].settings()["config"]["model"]
 
 
 def test_an_idea_changes_what_it_names_and_no_baseline():

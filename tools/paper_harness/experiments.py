@@ -13,6 +13,8 @@ from paper_harness.sizes import SIZES
 
 FIVE = ("baseline", "internal", "internal_aux", "all", "all_aux")
 """The variants of the paper's figure 4."""
+PEERS = ("fakeln", "dyt", "derf")
+"""Other ways to a model without norms."""
 DRAW_LRS = (3e-4, 4e-3)
 """Least and most of ``short``'s learning rates."""
 
@@ -104,12 +106,16 @@ def ideas(options: Options) -> list[Run]:
 
 
 def ours(options: Options) -> list[Run]:
-    """Ours and its baseline, and beside them the paper's own settings in the plain model of the same size."""
+    """Ours and its baseline, and beside them the paper's own settings in the plain model of the same size; at the first
+    length its peers too."""
     size = SIZES[options.size]
     variants = options.pick(("baseline", "internal_aux", "all_aux"))
+    lengths = options.lengths or size.lengths[-2:]
     found = []
-    for seed, each in itertools.product(options.pick_seeds(), options.lengths or size.lengths[-2:]):
+    for seed, each in itertools.product(options.pick_seeds(), lengths):
         found += [Run(options.size, options.corpus, v, seed, each, options.lr, idea=OURS) for v in variants]
+        if each == lengths[0]:
+            found += [options.run(v, seed, each) for v in options.pick(PEERS)]
         if size.plain is not None:
             found += [Run(size.plain, options.corpus, v, seed, each) for v in variants]
     return found

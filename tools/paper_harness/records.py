@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paper_harness.experiments import FIVE
+from paper_harness.experiments import FIVE, PEERS
 from paper_harness.ideas import OURS
-from paper_harness.runs import PAPER, hash_of
+from paper_harness.runs import NO_EMBED_NORM, PAPER, hash_of
 from paper_harness.sizes import SIZES
 from taperlit.errors import TaperlitError
 
@@ -172,6 +172,9 @@ class StoredRun:
             section: {key: value for key, value in (config.get(section) or {}).items() if key not in left_out}
             for section, left_out in own.items()
         }
+        shape = kept["model"].get("overrides") or {}
+        if self.variant in NO_EMBED_NORM and "embed_norm" in shape:
+            kept["model"]["overrides"] = {**shape, "embed_norm": True}  # which its rivals have
         trainer = config.get("trainer") or {}
         kept["trainer"] = {
             key: trainer.get(key) for key in ("precision", "gradient_clip_val", "accumulate_grad_batches")
@@ -344,14 +347,15 @@ def idea_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
 
 
 def our_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
-    """The runs of ours and their baselines, and those of the plain size at the paper's own settings beside them."""
+    """The runs of ours, their baselines and peers, and those of the plain size at the paper's own settings beside
+    them."""
     every = [*runs]
     places = {run.place for run in every if run.idea == OURS and run.variant in FIVE}
     plain = {(SIZES[size].plain, corpus, length) for size, corpus, _, length in places if size in SIZES}
     return [
         run
         for run in every
-        if (run.place in places and (run.idea == OURS or (run.standard and run.variant == BASELINE)))
+        if (run.place in places and (run.idea == OURS or (run.standard and run.variant in (BASELINE, *PEERS))))
         or ((run.settings["size"], run.settings["corpus"], run.length) in plain and _beside_ours(run))
     ]
 

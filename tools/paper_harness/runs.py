@@ -57,6 +57,8 @@ FAKELN = {
 # nano's 6.9 neither learns more than how often each token occurs. DyT's validation loss at 2 tokens per parameter, seed
 # 0: 5.790 at 6.9 and 20 (at 6.9 with learning rates of 5e-4, 1e-3 and 2e-3 too), 5.328 at 50, 4.868 at 100 and at 300.
 EMBEDDING_SCALE = 100.0
+# A norm after the embedding would undo that scalar.
+NO_EMBED_NORM = ("dyt", "derf")
 POLICIES = {
     "baseline": "none",
     "internal": "internal",
@@ -110,7 +112,7 @@ class Run:
         lr = size.lr if self.lr is None else self.lr
         config = _config(size, self.corpus, self.variant, self.seed, steps, every, lr, {**PAPER, **self.method})
         more: dict[str, Any] = {} if self.draw is None else {"draw": self.draw}
-        if self.variant in ("dyt", "derf"):
+        if self.variant in NO_EMBED_NORM:
             more["embedding_scale"] = EMBEDDING_SCALE
         if (idea := self.own_idea) is not None:
             more["idea"] = idea
@@ -188,8 +190,8 @@ def _config(
 
 
 def _shape(size: Size, variant: str) -> dict[str, Any]:
-    """The size's, but that a norm after the embedding would undo what DyT and Derf have there."""
-    without = {"embed_norm": False} if variant in ("dyt", "derf") and "embed_norm" in size.shape else {}
+    """The size's, as far as the variant has it."""
+    without = {"embed_norm": False} if variant in NO_EMBED_NORM and "embed_norm" in size.shape else {}
     return {**size.shape, **without}
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from paper_harness.comparison import left_out
 from paper_harness.figures import canvas, color_of
-from paper_harness.records import BASELINE, StoredRun, grouped, title, without_doubles
+from paper_harness.records import BASELINE, TITLES, StoredRun, grouped, title, without_doubles
 from paper_harness.statistics import Estimate, estimate
 from paper_harness.tables import RUN_COLUMNS, Section, few, gap_cell, markdown, number_cell, run_row
 
@@ -110,7 +110,7 @@ def tried_in(runs: Iterable[StoredRun]) -> list[Tried]:
         by_seed = {run.seed: run for run in own}
         own_bases = {s: base for s, run in by_seed.items() if (base := bases.get((run.setup, s))) is not None}
         rows.append(Tried(idea, variant, by_seed, own_bases, plain))
-    order = [BASELINE, "internal", "internal_aux", "all", "all_aux"]
+    order = [*TITLES]
     return sorted(rows, key=lambda row: (row.idea, order.index(row.variant)))
 
 

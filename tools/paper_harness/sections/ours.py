@@ -6,9 +6,11 @@ from functools import partial
 from typing import NamedTuple
 
 from paper_harness.comparison import left_out
+from paper_harness.experiments import PEERS
 from paper_harness.ideas import OURS
 from paper_harness.records import BASELINE, StoredRun, grouped, title, without_doubles
 from paper_harness.sections.ideas import CAPTION, COLUMNS, MOST_ROWS, Tried, csv_rows, draw_gaps, rivals, tried_in
+from paper_harness.statistics import relative_gaps
 from paper_harness.tables import Claim, Section, few, gap_cell, markdown, number_cell, percent
 
 
@@ -65,7 +67,7 @@ def section(runs: Sequence[StoredRun]) -> Section:
 
 
 def _name(row: Tried) -> str:
-    if row.variant == BASELINE:
+    if row.variant in (BASELINE, *PEERS):
         return ""
     return "ours" if row.idea else "the paper's"
 
@@ -125,6 +127,9 @@ def _targets(table: Sequence[Tried]) -> list[Target]:
             elif gap.high is not None:
                 told = Target(f"{name}: its 95% upper end", "<= +0.20%", percent(gap.high), gap.high <= 0.002)
                 found.append(told)
+        if (over := _over_peers(row, table)) is not None:
+            told = f"{percent(over[0])} ({over[1]})"
+            found.append(Target(f"{name}: mean gap to the lowest of FakeLN, DyT and Derf", "< 0", told, over[0] < 0))
         if (widest := row.widest()) is not None:
             mean = widest.mean
             found.append(Target(f"{name}: widest gap while the gate falls", "<= +0.70%", percent(mean), mean <= 0.007))
@@ -136,6 +141,17 @@ def _targets(table: Sequence[Tried]) -> list[Target]:
             if value is not None:
                 found.append(Target(f"{name}: {what}", f"<= {most:g}", f"{value.mean:.2f}", value.mean <= most))
     return found
+
+
+def _over_peers(row: Tried, table: Sequence[Tried]) -> tuple[float, str] | None:
+    """The largest mean gap to a peer over the seeds of both, and which peer that is."""
+
+    def losses(of: Tried) -> dict[int, float]:
+        return {seed: run.loss for seed, run in of.runs.items() if run.arrived}
+
+    gaps = {peer.variant: relative_gaps(losses(row), losses(peer)) for peer in table if peer.variant in PEERS}
+    found = [(statistics.mean(own.values()), title(variant)) for variant, own in gaps.items() if own]
+    return max(found, default=None)
 
 
 def _targets_table(targets: Sequence[Target]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from paper_harness.comparison import Comparison, compare, finite
+from paper_harness.experiments import PEERS
 from paper_harness.figures import canvas, color_of, draw_line, draw_seed, gap_scale, gate_marks, mark_lost, name_ends
 from paper_harness.records import BASELINE, TAPERED, StoredRun, title
 from paper_harness.statistics import estimate, mean_curve
@@ -97,7 +98,7 @@ def _claims(comparisons: Sequence[Comparison]) -> list[Claim]:
             "more variance; one 9M seed an outlier",
             told(_spread, ("internal_aux", "all_aux")),
         ),
-        Claim("Peers in the same harness", "none from scratch", told(_gap, ("fakeln", "dyt", "derf"))),
+        Claim("Peers in the same harness", "none from scratch", told(_gap, PEERS)),
     ]
 
 
