@@ -282,7 +282,8 @@ def pretrain_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     """The runs at the paper's dials, of a length at which the variants were compared.
 
     That is ten tokens per parameter, or a length where more variants ran than `length` asks for. A setup without such
-    a length gives all that are not a part of `schedule`.
+    a length gives all that are not a part of `schedule`. Where nothing but peers stands beside the baseline, they are
+    there for `ours`.
     """
     every = [run for run in runs if not run.idea]
     tried = {(run.setup, run.length) for run in every if not run.standard}
@@ -293,12 +294,12 @@ def pretrain_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
         compared = [
             own
             for length, own in lengths.items()
-            if length == PRETRAIN_LENGTH or {run.variant for run in own} - {BASELINE, "internal_aux", "all_aux"}
+            if length == PRETRAIN_LENGTH or {run.variant for run in own} - {BASELINE, "internal_aux", "all_aux", *PEERS}
         ]
         others = [
             own
             for length, own in lengths.items()
-            if (own[0].setup, length) not in tried and {run.variant for run in own} != {BASELINE}
+            if (own[0].setup, length) not in tried and {run.variant for run in own} - {BASELINE, *PEERS}
         ]
         chosen += [run for own in compared or others for run in own]
     return chosen or standard
@@ -312,10 +313,10 @@ def five_variants(runs: Iterable[StoredRun]) -> list[StoredRun]:
 def length_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     """The runs at the paper's dials of the variants that ran at two lengths at least, or all of them where none did.
 
-    A baseline whose rivals all try something is theirs.
+    A baseline whose rivals all try something, or are peers, is theirs.
     """
     standard = [run for run in runs if run.standard]
-    rivals = {run.setup for run in standard if run.variant != BASELINE}
+    rivals = {run.setup for run in standard if run.variant not in (BASELINE, *PEERS)}
     standard = [run for run in standard if run.setup in rivals] or standard
     lengths: dict[Any, set[float]] = defaultdict(set)
     for run in standard:
