@@ -502,6 +502,20 @@ def test_ours_stands_beside_the_papers_settings():
     assert "nano_unit, gcide, 20 tokens per parameter: Internal-Taper +aux" in claim.ours
 
 
+def test_the_peers_of_ours_are_in_its_tables_alone(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(ours, "draw_gaps", lambda places, path: drawn.extend(places))
+    runs = PICK["ours"](stored())
+    ours.section(runs).draw(tmp_path / "ours.png")
+    assert {row.variant for _, rows in drawn for row in rows} == {"internal_aux", "all_aux"}
+    peers = [run for run in stored() if run.setup.size == "nano_unit" and run.variant in PEERS]
+    assert peers
+    assert not {run.key for run in PICK["pretrain"](stored())} & {run.key for run in peers}
+    # Without ours nothing else would tell them.
+    alone = [run for run in stored() if run.setup.size == "nano" or run.variant in ("baseline", *PEERS)]
+    assert {run.key for run in peers} <= {run.key for run in PICK["pretrain"](alone)}
+
+
 def changed_by(change):
     """The targets of ours at 20 tokens per parameter that hold, and those that do not, of changed results."""
     runs = [run for run in PICK["ours"](stored()) if run.setup.size == "nano_unit" and run.length == 20]

@@ -282,24 +282,30 @@ def pretrain_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     """The runs at the paper's dials, of a length at which the variants were compared.
 
     That is ten tokens per parameter, or a length where more variants ran than `length` asks for. A setup without such
-    a length gives all that are not a part of `schedule`. Where nothing but peers stands beside the baseline, they are
-    there for `ours`.
+    a length gives all that are not a part of `schedule`. A baseline with nothing but peers beside it, where `ours` ran,
+    is left to that.
     """
+    runs = [*runs]
+    places = {run.place for run in runs if run.idea == OURS}
+
+    def for_ours(own: Sequence[StoredRun]) -> bool:
+        return own[0].place in places and {run.variant for run in own} <= {BASELINE, *PEERS}
+
     every = [run for run in runs if not run.idea]
     tried = {(run.setup, run.length) for run in every if not run.standard}
     standard = [run for run in every if run.standard]
     chosen: list[StoredRun] = []
     for alike in grouped(standard, lambda run: run.setup).values():
-        lengths = grouped(alike, lambda run: run.length)
+        lengths = {length: own for length, own in grouped(alike, lambda run: run.length).items() if not for_ours(own)}
         compared = [
             own
             for length, own in lengths.items()
-            if length == PRETRAIN_LENGTH or {run.variant for run in own} - {BASELINE, "internal_aux", "all_aux", *PEERS}
+            if length == PRETRAIN_LENGTH or {run.variant for run in own} - {BASELINE, "internal_aux", "all_aux"}
         ]
         others = [
             own
             for length, own in lengths.items()
-            if (own[0].setup, length) not in tried and {run.variant for run in own} - {BASELINE, *PEERS}
+            if (own[0].setup, length) not in tried and {run.variant for run in own} != {BASELINE}
         ]
         chosen += [run for own in compared or others for run in own]
     return chosen or standard
