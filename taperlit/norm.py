@@ -63,6 +63,16 @@ class Float32State(nn.Module):
             setattr(self, name, new if new.dtype == old.dtype else old.to(new.device))
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copy the plain tensors: a process that is started with the module gets them in memory shared by all.
+
+        Lightning's "ddp_spawn" copies parameters and buffers for that reason, and knows no others.
+        """
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in self.float32_state:
+            if isinstance(plain := self.__dict__.get(name), Tensor):
+                setattr(self, name, plain.clone())
+
 
 @dataclass
 class GatePlan:

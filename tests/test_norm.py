@@ -1,4 +1,6 @@
 import copy
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from taperlit import surgery
 from taperlit.errors import TaperlitError
 from taperlit.norm import (
     AlignmentFit,
@@ -23,6 +26,12 @@ from taperlit.norm import (
 
 KINDS = [(TaperRMSNorm, nn.RMSNorm), (TaperLayerNorm, nn.LayerNorm)]
 kinds = pytest.mark.parametrize(("taper", "plain"), KINDS)
+
+
+def tapered_foreign(width):
+    model = nn.Sequential(nn.LayerNorm(width))
+    surgery.taper(model)
+    return model[0]
 
 
 def randomize(norm, seed=0):
@@ -237,6 +246,20 @@ def test_float32_state_survives_a_cast(taper, plain):
         assert tensor.dtype == torch.float32
         assert tensor.item() == torch.tensor(value).item()
     assert norm.pending.dtype == torch.float32
+
+
+@pytest.mark.parametrize("taper", [TaperRMSNorm, TaperLayerNorm, tapered_foreign])
+def test_a_started_process_gathers_for_itself(taper):
+    """What torch hands to a process that it starts lies in memory that both write to, but for the statistics."""
+    norm = taper(8)
+    norm.separate_first()
+    norm.peak = torch.zeros(3)
+    there = pickle.loads(ForkingPickler.dumps(norm))
+    for name in ("pending", "first_pending", "peak"):
+        getattr(there, name).add_(1)
+        assert not getattr(norm, name).any()
+    there.weight.data.mul_(3)
+    assert (norm.weight == 3).all()  # such is the memory: this test could see it
 
 
 @kinds
