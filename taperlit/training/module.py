@@ -137,12 +137,14 @@ class LanguageModel(L.LightningModule):
             parallelize(self.model, self.device_mesh)
 
     def setup(self, stage: str) -> None:
-        """Check that data and model belong together.
+        """Check that data and model belong together, and begin the metrics.
 
         Raises:
             TaperlitError: the tokenizer's ids or the blocks are larger than the model's.
         """
         keep_buffers_float32(self.trainer)
+        for metric in (self.val_loss, self.val_perplexity, self.test_loss, self.test_perplexity):
+            metric.reset()  # "ddp_spawn" hands every process the same memory for their sums, and they add in place
         data = self.trainer.datamodule
         vocab_size, block_size = getattr(data, "vocab_size", 0), getattr(data, "block_size", 0)
         if isinstance(self.source, Pretrained):

@@ -1,3 +1,6 @@
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import lightning as L
 import pytest
 import torch
@@ -48,6 +51,18 @@ def test_validation_is_the_mean_over_tokens_with_a_ragged_last_batch(tmp_path):
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
     assert metrics["val/loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["val/perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
+
+
+def test_a_started_process_has_metrics_of_its_own(tmp_path):
+    module = LanguageModel("small_1m", "none", SHAPE)
+    there = pickle.loads(ForkingPickler.dumps(module))
+    assert there.val_loss.weight.is_shared()
+    there.trainer = trainer(tmp_path)
+    there.setup("validate")
+    for name in ("val_loss", "val_perplexity", "test_loss", "test_perplexity"):
+        getattr(there, name).update(2.0, 3)
+        assert getattr(there, name).weight == 3
+        assert getattr(module, name).weight == 0
 
 
 def test_a_loss_that_is_not_finite_is_not_hidden(tmp_path):
