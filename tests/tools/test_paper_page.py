@@ -511,6 +511,9 @@ def test_the_peers_of_ours_are_in_its_tables_alone(monkeypatch, tmp_path):
     peers = [run for run in stored() if run.setup.size == "nano_unit" and run.variant in PEERS]
     assert peers
     assert not {run.key for run in PICK["pretrain"](stored())} & {run.key for run in peers}
+    longer = [Run("nano_unit", "gcide", run.variant, run.seed, 40) for run in peers]
+    more = [StoredRun(record(run)) for run in (*longer, Run("nano_unit", "gcide", "internal_aux", 0, 20))]
+    assert not {run.variant for run in PICK["length"]([*stored(), *more])} & {*PEERS}
     # Without ours nothing else would tell them.
     alone = [run for run in stored() if run.setup.size == "nano" or run.variant in ("baseline", *PEERS)]
     assert {run.key for run in peers} <= {run.key for run in PICK["pretrain"](alone)}

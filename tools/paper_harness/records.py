@@ -319,10 +319,10 @@ def five_variants(runs: Iterable[StoredRun]) -> list[StoredRun]:
 def length_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     """The runs at the paper's dials of the variants that ran at two lengths at least, or all of them where none did.
 
-    A baseline whose rivals all try something, or are peers, is theirs.
+    Peers are left to `pretrain` and `ours`; a baseline whose rivals all try something, or are peers, is theirs.
     """
-    standard = [run for run in runs if run.standard]
-    rivals = {run.setup for run in standard if run.variant not in (BASELINE, *PEERS)}
+    standard = [run for run in runs if run.standard and run.variant not in PEERS]
+    rivals = {run.setup for run in standard if run.variant != BASELINE}
     standard = [run for run in standard if run.setup in rivals] or standard
     lengths: dict[Any, set[float]] = defaultdict(set)
     for run in standard:
