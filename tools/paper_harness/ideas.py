@@ -62,6 +62,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "relu": _mlp("relu"),
     # What won, one at a time, together.
     "fade_bias": merged(_option("anchor", fade=0.5), {"model": {"taper_bias": True}}),
+    "fade_token_fit": merged(_option("anchor", fade=0.5), _option("alignment", fit="token")),
     "fade_attention": merged(_option("anchor", fade=0.5), {"model": {"taper": "attention"}}),  # which norms cost what
     "early_bias": merged(_option("gate", warmup=0.02, end=0.12), {"model": {"taper_bias": True}}),
     "gelu_fade": merged(_mlp("gelu"), _option("anchor", fade=0.5)),
