@@ -16,6 +16,7 @@ WATCHED = [
     "--taper.gate.stages=kind", "--taper.gate.settle=0.001", "--taper.alignment.track=0.3", "--taper.ema_rate=0.1",
     "--taper.alignment.moments=true",
     "--taper.hold", "{class_path: taperlit.GateHold, init_args: {band: 2.0, window: 8, back: 2}}",
+    "--taper.tail", "{class_path: taperlit.TailPenalty, init_args: {multiple: 1.0}}",
     "--trainer.max_steps=36", "--trainer.val_check_interval=12",
     "--trainer.callbacks+={class_path: ModelCheckpoint, init_args: {every_n_train_steps: 18, save_top_k: -1}}",
 ]  # fmt: skip
@@ -61,7 +62,8 @@ def test_every_way_decides_the_same(whole, way):
     assert max(v for _, v in expected["taper/delay"]) > 0
     for tag in ("taper/gate", "taper/delay"):
         assert [v for _, v in got[tag]] == pytest.approx([v for _, v in expected[tag]], abs=1e-6), tag
-    for tag in ("train/loss", "val/loss", *(tag for tag in expected if tag.startswith("taper/alignment/"))):
+    assert all(v > 0 for _, v in expected["train/tail_loss"][1:])
+    for tag in ("train/loss", "train/tail_loss", "val/loss", *(tag for tag in expected if tag.startswith("taper/alignment/"))):
         assert [v for _, v in got[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-4), tag
     mine, theirs = (end(folder) for folder in (one, run))
     events, others = ([e["step"] for e in c["callbacks"]["GateHold"]["events"]] for c in (mine, theirs))
