@@ -75,9 +75,14 @@ def plain_options(parser: LightningArgumentParser, config: Any) -> dict[str, Any
 class TaperlitCLI(CLI):
     """LightningCLI over ``LanguageModel`` and ``TextDataModule`` with the run's callbacks in named slots."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, command: str, *args: Any, **kwargs: Any) -> None:
+        self._command = command
         with contextlib.ExitStack() as self._held:  # until the command has run
             super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that runs alone: a parser of each would take most of a short run's start."""
+        return {self._command: CLI.subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options ``--taper.*``."""
@@ -188,9 +193,10 @@ def _write_beside(checkpoint: str, config: Any) -> None:
             callback.path = str(path.with_name(f"{path.stem}-predictions.jsonl"))
 
 
-def build_cli() -> TaperlitCLI:
+def build_cli(command: str) -> TaperlitCLI:
     """Parse the process's arguments and run the trainer's command in them."""
     return TaperlitCLI(
+        command,
         LanguageModel,
         TextDataModule,
         trainer_class=Trainer,
@@ -213,7 +219,7 @@ def run_trainer(command: str, args: Sequence[str]) -> None:
     with _lightnings_errors(command), quiet():
         for line in (*without_effect(args), *stays_off(args)):
             rank_zero_info(line)
-        build_cli()
+        build_cli(command)
 
 
 def _same_command() -> str:

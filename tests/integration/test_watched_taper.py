@@ -63,7 +63,8 @@ def test_every_way_decides_the_same(whole, way):
     for tag in ("taper/gate", "taper/delay"):
         assert [v for _, v in got[tag]] == pytest.approx([v for _, v in expected[tag]], abs=1e-6), tag
     assert all(v > 0 for _, v in expected["train/tail_loss"][1:])
-    for tag in ("train/loss", "train/tail_loss", "val/loss", *(tag for tag in expected if tag.startswith("taper/alignment/"))):
+    alignments = (tag for tag in expected if tag.startswith("taper/alignment/"))
+    for tag in ("train/loss", "train/tail_loss", "val/loss", *alignments):
         assert [v for _, v in got[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-4), tag
     mine, theirs = (end(folder) for folder in (one, run))
     events, others = ([e["step"] for e in c["callbacks"]["GateHold"]["events"]] for c in (mine, theirs))

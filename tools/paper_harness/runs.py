@@ -324,7 +324,7 @@ def _fit(path: Path) -> TaperlitCLI:
     torch.compiler.reset()  # of the runs before in this process, whose graphs count toward dynamo's limit
     argv, sys.argv = sys.argv, ["taperlit", "fit", "--config", str(path), "--ckpt_path", "last"]
     try:
-        return build_cli()
+        return build_cli("fit")
     finally:
         sys.argv = argv
 
