@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -5,6 +7,12 @@ from taperlit.surgery import taper
 from taperlit.transformer import Transformer, TransformerConfig
 
 TINY = dict(vocab_size=300, block_size=32, n_layer=2, n_head=2, d_model=32, d_ff=64)
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of later collections: a fit asks for one, and it would take as long as the fit."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Runs of the command line in processes of their own, forked from one that has imported everything already."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -42,6 +43,7 @@ def _child(args: list[str], rank: int, environment: dict[str, str], log: str, se
     os.dup2(descriptor, 2)
     assert PRELOADED in sys.modules, "something else has set what is imported before a fork: every run imports all"
     os.environ.update(environment)
+    gc.freeze()  # as conftest.py
     torch.set_num_threads(1)
     if setup is not None:
         setup(rank)
