@@ -152,21 +152,22 @@ def test_a_run_of_before_an_option_goes_on_with_its_default(tmp_path, text, caps
 
 def test_what_cannot_change_is_refused_by_name(tmp_path, text, capsys):
     run = fit(tmp_path, text, "--trainer.max_steps=10")
-    ckpt = str(run / "checkpoints/last.ckpt")
-    for which in ("last", ckpt):
-        command = fit_command(tmp_path, text, "--ckpt_path", which)
-        for option, value, word in (
-            ("model.taper", "all", "taper internal, not all"),
-            ("model.overrides.d_ff", "128", "d_ff 64, not 128"),
-            ("model.preset", "gpt2_124m", "norm rmsnorm, not layernorm"),
-            ("taper.gate.warmup", "0.3", "--taper.gate.warmup is 0.3 .* began with 5"),
-            ("taper.gate.end", "0.9", "--taper.gate.end is 0.9 .* began with 10"),
-            ("taper.gate.shape", "linear", "--taper.gate.shape is linear .* began with cosine"),
-            ("taper.alignment.at", "3", "--taper.alignment.at is 3 .* began with None"),
-            ("taper.ema_rate", "0.2", "--taper.alignment.ema_rate is 0.2 .* began with 0.01"),
-        ):
-            line = error_of(capsys, *command, f"--{option}={value}")
-            assert re.search(word, line), (option, line)
+    command = fit_command(tmp_path, text, *LAST)
+    for option, value, word in (
+        ("model.taper", "all", "taper internal, not all"),
+        ("model.overrides.d_ff", "128", "d_ff 64, not 128"),
+        ("model.preset", "gpt2_124m", "norm rmsnorm, not layernorm"),
+        ("taper.gate.warmup", "0.3", "--taper.gate.warmup is 0.3 .* began with 5"),
+        ("taper.gate.end", "0.9", "--taper.gate.end is 0.9 .* began with 10"),
+        ("taper.gate.shape", "linear", "--taper.gate.shape is linear .* began with cosine"),
+        ("taper.alignment.at", "3", "--taper.alignment.at is 3 .* began with None"),
+        ("taper.ema_rate", "0.2", "--taper.alignment.ema_rate is 0.2 .* began with 0.01"),
+    ):
+        line = error_of(capsys, *command, f"--{option}={value}")
+        assert re.search(word, line), (option, line)
+    named = fit_command(tmp_path, text, "--ckpt_path", str(run / "checkpoints/last.ckpt"))
+    for option, word in (("model.taper=all", "taper internal, not all"), ("taper.gate.end=0.9", "began with 10")):
+        assert word in error_of(capsys, *named, f"--{option}")
     assert [path.name for path in versions(tmp_path)] == ["version_0"]
     # the scale loss may be weighted otherwise, and left out
     fit(tmp_path, text, *LAST, "--taper.anchor.weight=0.5", "--trainer.max_steps=12")
