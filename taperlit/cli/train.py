@@ -81,7 +81,7 @@ class TaperlitCLI(CLI):
             super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that runs alone: a parser of each would take most of a short run's start."""
+        """The command that runs, alone: the parsers of the others would take an eighth of its start."""
         return {self._command: CLI.subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
