@@ -61,6 +61,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "gelu": _mlp("gelu"),
     "relu": _mlp("relu"),
     # What won, one at a time, together.
+    "fade_80": merged(_option("gate", end=0.8), _option("anchor", fade=0.5)),
     "fade_early": merged(_option("gate", warmup=0.02, end=0.12), _option("anchor", fade=0.5)),
     "fade_bias": merged(_option("anchor", fade=0.5), {"model": {"taper_bias": True}}),
     "fade_token_fit": merged(_option("anchor", fade=0.5), _option("alignment", fit="token")),
