@@ -80,6 +80,7 @@ def test_every_run_builds_with_the_size_in_its_name(run):
 
 def test_tinystories_differ_in_size_alone():
     runs = [yaml.safe_load((CONFIGS / run).read_text()) for run in RUNS if "tinystories" in run]
+    assert len(runs) == 4
     for run in runs:
         del run["model"]["preset"], run["model"]["lr"], run["trainer"]["logger"]
     assert all(run == runs[0] for run in runs)
