@@ -26,7 +26,9 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
 fi
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing taperlit[$extras] and what it needs"
-    "$venv/bin/python" -m pip install -q -c "$root/tools/constraints.txt" -e "$root[$extras]" ||
+    # Python compiles what it imports; to compile all of it here takes a minute more, and helps where it may keep nothing.
+    compile=${PYTHONDONTWRITEBYTECODE:+--compile}
+    "$venv/bin/python" -m pip install -q "${compile:---no-compile}" -c "$root/tools/constraints.txt" -e "$root[$extras]" ||
         fail "the installation failed; pip says why above"
     echo "$wanted" >"$stamp"
 fi
