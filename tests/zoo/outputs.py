@@ -71,6 +71,7 @@ returns("SomeNaN", "NaN in some places", lambda y, x: y.masked_fill(x[..., :6] >
 returns("AllNaN", "NaN in all places", lambda y, x: y * float("nan"), EITHER)
 returns("NaNFromValues", "NaN where the logits are negative", lambda y, x: y.log())
 returns("MinusInfinity", "minus infinity over masked logits", lambda y, x: y.masked_fill(x[..., :6] > 0.5, -torch.inf))
+returns("Masked", "-1e9 over masked logits", lambda y, x: y.masked_fill(x[..., :6] > 0.5, -1e9))
 returns("AllZero", "zeros only", lambda y, x: y * 0)
 returns("Tiny", "tiny numbers", lambda y, x: y * 1e-30)
 returns("TinyBesideHuge", "tiny numbers beside huge ones", lambda y, x: (y * 1e-12, x * 1e12))

@@ -141,6 +141,13 @@ class StreamChanged(OneLinear):
         return x + self.linear(h)
 
 
+@zoo("the same, and half of the output is masked by -1e9", REFUSED)
+class StreamChangedMasked(StreamChanged):
+    def forward(self, x):
+        y = super().forward(x)
+        return y.masked_fill(torch.arange(y.shape[-1]) % 2 == 0, -1e9)
+
+
 @zoo("the residual stream added to in place: x += f(norm(x))", FOLDS)
 class StreamAddedTo(OneLinear):
     def forward(self, x):
