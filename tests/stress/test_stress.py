@@ -185,6 +185,15 @@ def test_a_decoder_that_is_wrong_once_is_found_with_its_length(tiny):
     assert not report.ok
 
 
+def test_what_only_the_forward_pass_runs_fails_in_the_cache(tiny):
+    model = tiny()
+    model.blocks[0].mlp.register_forward_hook(lambda module, args, output: 3 * output)
+    report = stress(model, 300, 32, sizes=QUICK, others=())
+    assert only(report, "cached decoding").difference > 0.01
+    assert not report.ok
+    assert "cached decoding differs from the forward pass by" in report.verdict()
+
+
 def test_what_cannot_decode_is_a_note(tiny):
     model = tiny()
     model.blocks[1].attn_norm = nn.Sequential(model.blocks[1].attn_norm)
@@ -192,6 +201,7 @@ def test_what_cannot_decode_is_a_note(tiny):
     assert report.ok
     note = only(report, "cached decoding").note
     assert note.startswith("not tried: blocks.1.attn_norm is a Sequential, which the decoding engine does not know")
+    assert f"; cached decoding {note}" in report.verdict()
     assert only(stress(Bare(), VOCAB, BLOCK, sizes=SMALL, others=()), "cached decoding").note.endswith("this model")
 
 
