@@ -242,6 +242,9 @@ def recognise(module: nn.Module) -> NormKind:
     shape = tuple(shape) if shape is not None else None if weight is None else tuple(weight.shape)
     if shape is None:
         raise _NotANorm("it has neither gains nor a normalized_shape")
+    if shape[:1] in ((), (1,)) and not hasattr(module, "normalized_shape"):
+        # Which axes it measures cannot be told: of one feature every norm of a vector looks like an RMSNorm.
+        raise _NotANorm(f"its gains, of shape {shape}, do not say how many features it measures")
     if type(module) in (nn.RMSNorm, nn.LayerNorm):
         plain = cast("nn.RMSNorm | nn.LayerNorm", module)
         return NormKind(shape, isinstance(plain, nn.LayerNorm), 0.0, plain.eps)

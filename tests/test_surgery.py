@@ -178,6 +178,28 @@ class LengthNorm(nn.RMSNorm):
         return nn.functional.normalize(x, dim=-1) * self.weight
 
 
+class OneGainNorm(nn.Module):
+    """Nguyen and Salazar's ScaleNorm: of one feature it would be an RMSNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 8.0))
+
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1) * self.weight
+
+
+class BroadcastNorm(nn.Module):
+    """Its gains have more axes than its statistic."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1, d))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
 class GatedNorm(nn.RMSNorm):
     def forward(self, x, gate):
         return super().forward(x) * gate
@@ -244,6 +266,8 @@ STRANGERS = {
     "exponential": (lambda: ExpGainNorm(8), "neither"),
     "unbiased": (lambda: UnbiasedNorm(8), "neither"),
     "length": (lambda: LengthNorm(8), "neither"),
+    "one gain": (OneGainNorm, "how many features"),
+    "broadcast": (lambda: BroadcastNorm(8), "how many features"),
     "gated": (lambda: GatedNorm(8), "more than one tensor"),
     "residual": (lambda: ResidualNorm(8), "more than one tensor"),
     "pair": (lambda: PairNorm(8), "not one tensor"),
