@@ -115,4 +115,4 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     if torch.equal(a, b):
         return 0.0
     largest = a.abs().masked_fill_(a == b, 0.0).max()
-    return ((a - b).abs_().max() / largest.clamp(min=1e-30)).item()
+    return ((a - b).abs().max() / largest.clamp(min=1e-30)).item()
