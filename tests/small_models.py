@@ -133,13 +133,14 @@ def saved(name: str, folder: str | Path, **options) -> Path:
     return save(build(name), folder, **options)
 
 
-def write_gguf(model: nn.Module, path: str | Path, half: bool = False) -> Path:
+def write_gguf(model: nn.Module, path: str | Path, half: bool = False, add=lambda writer: None) -> Path:
     """Write a Llama as llama.cpp's converter does, its tokenizer and chat template included.
 
     Args:
         model: of ``build("llama")`` or ``build("llama_tied")``.
         path: ends in ``.gguf``; its folder is made if need be.
         half: matrices in float16 (vectors stay float32), else all in float32.
+        add: called with the ``gguf.GGUFWriter`` in the end, for more keys and tensors.
     """
     import gguf
 
@@ -179,6 +180,7 @@ def write_gguf(model: nn.Module, path: str | Path, half: bool = False) -> Path:
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         tensor = tensor.half() if half and tensor.ndim > 1 else tensor.float()
         writer.add_tensor(f"{f'blk.{block}.' if block else ''}{stem}.weight", tensor.contiguous().numpy())
+    add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from taperlit.checkpoint.atomic import write_directory
-from taperlit.checkpoint.plain import check_fields, check_file, damaged, read_json
+from taperlit.checkpoint.checksum import CHECKSUMS, checksum, checksum_of
+from taperlit.checkpoint.plain import cannot_be_read, check_fields, check_file, damaged, read_json
 from taperlit.compare import largest_difference
 from taperlit.errors import TaperlitError
 from taperlit.norm import Affine
@@ -38,8 +39,8 @@ def export_lens(
     """Write a model without norms for TransformerLens, all or nothing.
 
     The directory holds ``model.safetensors``, the state dict of a ``HookedTransformer`` in float32; ``config.json``,
-    what its config is made of; and the tokenizer. :func:`load_hooked` reads it. Before it appears, its logits are
-    compared with the model's own.
+    what its config is made of, with the checksums of all files; and the tokenizer. :func:`load_hooked` reads it. Before
+    it appears, its logits are compared with the model's own.
 
     Args:
         model: folded, in float32.
@@ -58,11 +59,14 @@ def export_lens(
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
     def fill(partial: Path) -> None:
-        (partial / CONFIG).write_text(json.dumps({"format": FORMAT, "hooked": config}, indent=2) + "\n")
         save_file(state, partial / WEIGHTS)
-        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors makes it for the user alone
         for name, text in (tokenizer_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
+        written: dict[str, Any] = {"format": FORMAT, "hooked": config}
+        written[CHECKSUMS] = {path.name: checksum(path) for path in sorted(partial.iterdir())}
+        written[CHECKSUMS][CONFIG] = checksum_of(written)
+        (partial / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
+        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors makes it for the user alone
         wanted, got = model(tokens), load_hooked(partial)(tokens)
         difference = largest_difference(wanted, got)
         if not wanted.isfinite().all() or not difference <= TOLERANCE:
@@ -91,15 +95,12 @@ def load_hooked(directory: str | Path, device: str = "cpu") -> Any:
         The model, in eval mode and float32.
 
     Raises:
-        TaperlitError: transformer-lens 3 is not installed, or a file is missing, damaged or another program's.
+        TaperlitError: transformer-lens 3 is not installed, or a file is missing, damaged, without a checksum or another
+            program's.
     """
     HookedTransformer, HookedTransformerConfig = hooked_transformer()
     directory = Path(directory)
-    config = read_json(directory / CONFIG, MEND)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise TaperlitError(f"{directory} was not written by `taperlit export --to transformer-lens`; name what was.")
-    check_fields(config.get("hooked"), dict[str, Any], directory / CONFIG, "hooked", MEND)
-    check_file(directory / WEIGHTS, MEND)
+    config = _read_config(directory)
     try:
         state = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
@@ -127,6 +128,32 @@ def load_hooked(directory: str | Path, device: str = "cpu") -> Any:
     if left := [*unexpected, *(name for name in missing if name in parameters)]:
         raise TaperlitError(f"{directory} is not what its config says ({left[0]}); {MEND}.")
     return model.eval()
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """What ``config.json`` says, once every file is known to be as it was written."""
+    path = directory / CONFIG
+    config = read_json(path, MEND)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise TaperlitError(f"{directory} was not written by `taperlit export --to transformer-lens`; name what was.")
+    check_fields(config.get("hooked"), dict[str, Any], path, "hooked", MEND)
+    sums = config.get(CHECKSUMS, {})
+    check_fields(sums, dict[str, int], path, CHECKSUMS, MEND)
+    for name in (CONFIG, WEIGHTS, *([TOKENIZER] if (directory / TOKENIZER).exists() else [])):
+        if name not in sums:
+            raise TaperlitError(f"{path}: {CHECKSUMS}.{name} is missing; {MEND}.")
+    for name, expected in sums.items():
+        file = directory / name
+        if Path(name).name != name:
+            raise TaperlitError(f"{path}: {CHECKSUMS}.{name[:60]} is of no file beside it; {MEND}.")
+        check_file(file, MEND)
+        try:
+            differs = expected != (checksum_of(config) if name == CONFIG else checksum(file))
+        except OSError as error:
+            raise cannot_be_read(file, error, MEND) from error
+        if differs:
+            raise damaged(file, "its checksum differs", MEND)
+    return config
 
 
 def _set_rotary(model: Any, frequencies: Tensor) -> None:

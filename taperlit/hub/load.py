@@ -19,6 +19,7 @@ from torch import nn
 from taperlit.checkpoint.plain import check_fields, read_json, read_text
 from taperlit.errors import TaperlitError
 from taperlit.hub.causal_lm import CausalLM
+from taperlit.hub.gguf_check import check_gguf
 from taperlit.hub.origin import CARRIED, Origin
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -76,7 +77,7 @@ def load_pretrained(source: str, remote_code: bool = False) -> CausalLM:
 
     Raises:
         TaperlitError: as :func:`read_origin`; its weights are pickled, damaged, truncated, or not all that its class
-            has; or it lets a token see later ones.
+            has; ``transformers`` leaves out a part of the GGUF file; or it lets a token see later ones.
     """
     place = _locate(source, remote_code)
     origin = _origin(place, remote_code)
@@ -106,6 +107,8 @@ def load_pretrained(source: str, remote_code: bool = False) -> CausalLM:
     except Exception as error:  # whatever the readers of these formats raise
         raise TaperlitError(f"{place.name} cannot be loaded; is it damaged or truncated? ({_words(error)})") from error
     _check_complete(place.name, found)
+    if place.gguf:
+        check_gguf(place.folder / place.gguf, place.name, lm)
     for attribute in ("quantization_config", "_pre_quantization_dtype"):  # it was a GGUF's, and is float now
         if hasattr(lm.config, attribute):
             delattr(lm.config, attribute)

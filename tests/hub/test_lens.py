@@ -9,6 +9,7 @@ import small_models
 import torch
 from families import close_with_random_maps
 
+from taperlit.checkpoint.checksum import checksum_of
 from taperlit.errors import TaperlitError
 from taperlit.folding import fold
 from taperlit.hub.families import as_transformer
@@ -147,20 +148,59 @@ def test_unreadable_directories(tiny, tmp_path):
         load_hooked(tmp_path)
     out = export_lens(folded(tiny(["*"])), tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
+    deeper = {**config["hooked"], "n_layers": 3}
     for damage, words in (
         ({"hooked": None}, r"config\.json: hooked is None, not a dictionary; export it again"),
         ({"format": "x"}, "was not written by"),
         ({"hooked": {"n_layers": 2, "colour": 1}}, r"config\.json is damaged \(.*colour.*\); export it again"),
+        ({"hooked": deeper}, r"is not what its config says \(blocks.2"),
     ):
-        (out / "config.json").write_text(json.dumps({**config, **damage}))
+        changed = {**config, **damage}
+        changed["checksums"] = {**config["checksums"], "config.json": checksum_of(changed)}
+        (out / "config.json").write_text(json.dumps(changed))
         with pytest.raises(TaperlitError, match=words):
             load_hooked(out)
-    config["hooked"]["n_layers"] = 3
-    (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TaperlitError, match=r"is not what its config says \(blocks.2"):
-        load_hooked(out)
     (out / "config.json").write_text('{"format": "another"}')
     with pytest.raises(TaperlitError, match="was not written by"):
+        load_hooked(out)
+
+
+@pytest.fixture
+def out(tiny, tmp_path):
+    """A folder with a tokenizer."""
+    return export_lens(folded(tiny(["*"])), tmp_path / "out", {"tokenizer.json": small_models.tokenizer().to_str()})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_one_flipped_bit_is_refused_by_name(name, out):
+    data = bytearray((out / name).read_bytes())
+    data[-5] ^= 1
+    (out / name).write_bytes(data)
+    with pytest.raises(TaperlitError, match=rf"out/{name} is damaged \(its checksum differs\); export it again"):
+        load_hooked(out)
+
+
+def test_checksums_are_all_there_and_of_the_files(out):
+    load_hooked(out)
+    path = out / "config.json"
+    config = json.loads(path.read_text())
+    sums = config["checksums"]
+    assert sums.keys() == {"config.json", "model.safetensors", "tokenizer.json"}
+    without = {key: value for key, value in config.items() if key != "checksums"}  # as it was written before
+    for changed, words in (
+        (without, r"config\.json: checksums\.config\.json is missing; export it again"),
+        ({**config, "checksums": None}, r"checksums is None, not a dictionary"),
+        ({**config, "checksums": {"config.json": sums["config.json"]}}, r"checksums\.model\.safetensors is missing"),
+        ({**config, "checksums": {**sums, "../x": 1}}, r"checksums\.\.\./x is of no file beside it"),
+        ({**config, "checksums": {**sums, "x": 1}}, r"out/x is missing"),
+        ({**config, "hooked": {**config["hooked"], "d_mlp": 8}}, r"config\.json is damaged \(its checksum differs\)"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(TaperlitError, match=words):
+            load_hooked(out)
+    path.write_text(json.dumps(config))
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(TaperlitError, match=r"tokenizer\.json is missing; export it again"):
         load_hooked(out)
 
 

@@ -5,10 +5,12 @@ import logging
 import shutil
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import small_models
 import torch
 import transformers as tf
+from gguf import GGUFWriter, RopeScalingType
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -16,10 +18,12 @@ from taperlit.checkpoint.assign import assign, build_hollow
 from taperlit.data.tokenizer import end_of_text_id, load_tokenizer
 from taperlit.errors import TaperlitError
 from taperlit.hub import load as hub_load
+from taperlit.hub.gguf_check import check_gguf
 from taperlit.hub.load import build_pretrained, load_pretrained, read_origin, tokenizer_json_of
 from taperlit.hub.origin import CARRIED
 
 TOKENS = torch.arange(3, 27).view(2, 12)
+ONES = np.ones(4, np.float32)
 
 
 def logits(model) -> torch.Tensor:
@@ -407,6 +411,109 @@ def test_a_gguf_file_without_a_tensor_is_refused(tmp_path, monkeypatch):
     )
     path = small_models.write_gguf(small_models.build("llama"), tmp_path / "part.gguf")
     refused(path, r"part.gguf: model\.layers\.0\.mlp\.up_proj\.weight .* is in its class, but not in its weights")
+
+
+# What transformers passes over in silence, and would load another model.
+PASSED_OVER = {
+    "llama 3.1": (lambda w: w.add_tensor("rope_freqs.weight", ONES), r"rope_freqs\.weight has no place in the model"),
+    "biases": (
+        lambda w: [w.add_tensor(f"blk.1.attn_{part}.bias", np.repeat(ONES, 8)) for part in ("q", "output")],
+        r"blk\.1\.attn_output\.bias \(and 1 more\) has no place in the model that transformers makes of it; give the",
+    ),
+    "linear": (
+        lambda w: (w.add_rope_scaling_type(RopeScalingType.LINEAR), w.add_rope_scaling_factor(4.0)),
+        r"llama\.rope\.scaling\.type is linear, but not in the model that transformers makes of it; give the model's",
+    ),
+    "yarn": (lambda w: w.add_rope_scaling_type(RopeScalingType.YARN), r"llama\.rope\.scaling\.type is yarn, but"),
+    "factor": (lambda w: w.add_rope_scaling_factor(4.0), r"llama\.rope\.scaling\.factor is 4\.0, but"),
+    "old factor": (lambda w: w.add_float32("llama.rope.scale_linear", 2.0), r"llama\.rope\.scale_linear is 2\.0, but"),
+    "window": (lambda w: w.add_sliding_window(64), r"llama\.attention\.sliding_window is 64, but"),
+    "width": (lambda w: w.add_key_length(16), r"llama\.attention\.key_length is 16, but"),
+    "epsilon": (lambda w: w.add_layer_norm_eps(1e-3), r"llama\.attention\.layer_norm_epsilon is 0\.001\d*, but"),
+    "scale": (lambda w: w.add_attention_scale(0.5), r"llama\.attention\.scale is 0\.5, but"),
+    "clamp": (lambda w: w.add_clamp_kqv(8.0), r"llama\.attention\.clamp_kqv is 8\.0, but"),
+    "alibi": (lambda w: w.add_max_alibi_bias(8.0), r"llama\.attention\.max_alibi_bias is 8\.0, but"),
+    "cap": (lambda w: w.add_final_logit_softcapping(30.0), r"llama\.final_logit_softcapping is 30\.0, but"),
+    "logits": (lambda w: w.add_logit_scale(0.5), r"llama\.logit_scale is 0\.5, but"),
+    "both ways": (lambda w: w.add_causal_attention(False), r"llama\.attention\.causal is False, but"),
+    "layers": (
+        lambda w: w.add_array("llama.swiglu_clamp_exp", [0.0, 7.0]),
+        r"llama\.swiglu_clamp_exp is \[0\.0, 7\.0\]",
+    ),
+    "unheard of": (lambda w: w.add_string("llama.curvature", "hyperbolic"), r"llama\.curvature is hyperbolic, but"),
+}
+
+
+@pytest.mark.parametrize("what", PASSED_OVER)
+def test_a_gguf_file_that_says_more_than_the_model_is_refused(what, tmp_path):
+    add, words = PASSED_OVER[what]
+    path = small_models.write_gguf(small_models.build("llama"), tmp_path / "tiny.gguf", add=add)
+    refused(path, rf"tiny\.gguf: {words}")
+
+
+def test_a_gguf_file_may_say_what_the_model_has(tmp_path):
+    def add(writer):
+        writer.add_rope_scaling_type(RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(4.0)  # of no scaling
+        writer.add_rope_scaling_orig_ctx_len(64)
+        writer.add_sliding_window(0)
+        writer.add_key_length(8)
+        writer.add_value_length(8)
+        writer.add_attention_scale(8**-0.5)
+        writer.add_causal_attention(True)
+        writer.add_logit_scale(1.0)
+        writer.add_array("llama.swiglu_clamp_exp", [0.0, 0.0])
+        writer.add_tensor_data_layout("Meta AI original pth")
+
+    theirs = small_models.build("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    path = small_models.write_gguf(theirs, tmp_path / "tiny.gguf", add=add)
+    torch.testing.assert_close(logits(load_pretrained(str(path))), expected(theirs), rtol=1e-6, atol=1e-6)
+
+
+def test_a_tied_head_may_be_in_a_gguf_file_too(tmp_path):
+    tied = small_models.build("llama_tied")
+    table = tied.lm_head.weight.detach()
+
+    def check(head):
+        path = small_models.write_gguf(tied, tmp_path / "x", add=lambda w: w.add_tensor("output.weight", head.numpy()))
+        check_gguf(path, "x", tied)
+
+    check(table)
+    with pytest.raises(TaperlitError, match=r"x: output\.weight has no place in the model"):
+        check(table + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "add", "words"),
+    [
+        ("gemma2", {}, lambda w: (w.add_sliding_window(64), w.add_attn_logit_softcapping(50.0)), None),
+        ("gemma2", {}, lambda w: w.add_sliding_window(0), r"gemma2\.attention\.sliding_window is 0, but"),
+        # Its file does not say how attention is scaled, and transformers takes 256 for every model.
+        ("gemma2", {"query_pre_attn_scalar": 16}, lambda w: None, r"gemma2\.attention\.scale is 0\.353"),
+        ("phi3", {}, lambda w: (w.add_rope_scaling_orig_ctx_len(64), w.add_rope_dimension_count(8)), None),
+        ("phi3", {}, lambda w: w.add_rope_dimension_count(6), r"phi3\.rope\.dimension_count is 6, but"),
+        ("starcoder2", {}, lambda w: (w.add_rope_freq_base(1e4), w.add_layer_norm_eps(1e-5)), None),
+        ("starcoder2", {}, lambda w: w.add_rope_freq_base(1e6), r"starcoder2\.rope\.freq_base is 1000000\.0, but"),
+        ("falcon", {}, lambda w: (w.add_head_count_kv(1), w.add_tensor_data_layout("jploski")), None),
+        ("mixtral", {}, lambda w: w.add_expert_used_count(3), r"mixtral\.expert_used_count is 3, but"),
+    ],
+)
+def test_other_headers(name, changes, add, words, tmp_path):
+    """Of files that hold all values in one tensor: the header is all that is looked at by name."""
+    lm = small_models.build(name, **changes)
+    writer = GGUFWriter(str(tmp_path / "x"), name)
+    add(writer)
+    count = sum(parameter.numel() for parameter in lm.parameters())
+    writer.add_tensor("all", np.zeros(count, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if words is None:
+        check_gguf(tmp_path / "x", "x", lm)
+    else:
+        with pytest.raises(TaperlitError, match=rf"x: {words}"):
+            check_gguf(tmp_path / "x", "x", lm)
 
 
 def test_pickled_weights_are_refused_until_they_are_converted(folder, tmp_path):
