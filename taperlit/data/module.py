@@ -81,6 +81,13 @@ def _unreadable(path: Path, error: OSError) -> TaperlitError:
     )
 
 
+def _divisors_around(blocks: int, processes: int) -> list[int]:
+    """The number of processes if it divides the blocks, else the nearest below and above, up to twice as many."""
+    below = next(n for n in range(processes, 0, -1) if blocks % n == 0)
+    above = [n for n in range(processes, min(blocks, 2 * processes) + 1) if blocks % n == 0]
+    return sorted({below, *above[:1]})
+
+
 class TextDataModule(L.LightningDataModule):
     """Documents from local files, the hub or (the default) Python's standard library, as packed blocks of tokens.
 
@@ -104,7 +111,7 @@ class TextDataModule(L.LightningDataModule):
         batch_size: blocks a batch, on one device.
         val_fraction: share of the documents held out for ``validate``, ``test`` and ``predict``.
         max_documents: read no more than these.
-        max_tokens: stop reading after about this many.
+        max_tokens: stop reading after the document with which the training split has this many.
         seed: of the training order.
         num_workers: processes that read blocks.
         cache_dir: where tokens are cached; None is :func:`default_cache`.
@@ -213,7 +220,9 @@ class TextDataModule(L.LightningDataModule):
             tokenizer: Any = [h.vocab_size, h.tokenizer_bytes]
         else:
             tokenizer = fingerprint(load_tokenizer(h.tokenizer).to_str())
-        key = json.dumps([CACHE_FORMAT, source, tokenizer, h.val_fraction, h.max_documents, h.max_tokens])
+        # The text tells it from caches of when tokens were counted by the batch; those without a limit stay valid.
+        limit = None if h.max_tokens is None else f"{h.max_tokens} by the document"
+        key = json.dumps([CACHE_FORMAT, source, tokenizer, h.val_fraction, h.max_documents, limit])
         root = default_cache() if h.cache_dir is None else Path(h.cache_dir).expanduser()
         return root / hashlib.sha256(key.encode()).hexdigest()[:24]
 
@@ -336,7 +345,8 @@ class TextDataModule(L.LightningDataModule):
         if state_dict["global_batch"] != self.hparams.batch_size * processes:
             # Lightning counts batches, so its place in the data would be another block.
             blocks = state_dict["global_batch"]
+            ways = " or ".join(f"{blocks // n} on {n}" for n in _divisors_around(blocks, processes))
             raise TaperlitError(
                 f"The checkpoint's run had {blocks} blocks a batch over all processes; resume it with data.batch_size "
-                f"{blocks / processes:g} on {processes}."
+                f"{ways}."
             )

@@ -89,54 +89,66 @@ def read_files(files: Iterable[str], column: str) -> Iterator[Piece]:
     for path in files:
         try:
             if path.endswith(".parquet"):
-                yield from read_rows(_load_rows("parquet", path), column, path)
+                yield from read_rows(_load_parquet(path), column, path)
             elif path.endswith(ROW_FORMATS):
-                yield from read_rows(_parse_lines(_load_rows("text", path), path), column, path)
+                yield from read_rows(_parse_lines(path), column, path)
             else:
                 yield from _read_plain(path)
         except TaperlitError:
             raise
         except Exception as error:  # each format's library has its own exceptions
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise TaperlitError(f"{path} cannot be read: {reason}") from error
+            raise TaperlitError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def read_hub(name: str, config: str | None, split: str, streaming: bool, column: str) -> Iterator[Piece]:
     """The documents of a hub data set, a row each.
 
     Raises:
-        TaperlitError: the hub or the data set cannot be reached, or rows have no such column.
+        TaperlitError: the hub or the data set cannot be reached, or not to the end; or rows have no such column.
     """
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise TaperlitError(
-            f"The hub data set {name!r} cannot be loaded ({reason}); for data on this machine set data.files."
+            f"The hub data set {name!r} cannot be loaded ({_reason(error)}); for data on this machine set data.files."
         ) from error
-    yield from read_rows(rows, column, name)
+    try:
+        yield from read_rows(rows, column, name)
+    except TaperlitError:
+        raise
+    except Exception as error:  # a broken row, or the network lost under way
+        raise TaperlitError(
+            f"The hub data set {name!r} cannot be read to its end ({_reason(error)}); begin again, or for data on this "
+            "machine set data.files."
+        ) from error
 
 
-def _load_rows(format: str, path: str) -> Iterable[dict[str, Any]]:
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _load_parquet(path: str) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
 
-    options = {"sample_by": "line", "encoding_errors": "replace"} if format == "text" else {}
-    return load_dataset(format, data_files=path, split="train", streaming=True, **options)
+    # It takes a path for a pattern, in which a name's own brackets would match other files.
+    return load_dataset("parquet", data_files=escape(path), split="train", streaming=True)
 
 
-def _parse_lines(lines: Iterable[dict[str, Any]], path: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if not line["text"].strip():
-            continue
-        try:
-            row = json.loads(line["text"])
-        except ValueError as error:
-            raise TaperlitError(f"{path}, line {number} is not JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise TaperlitError(f"{path}, line {number} is not a JSON object.")
-        yield row
+def _parse_lines(path: str) -> Iterator[dict[str, Any]]:
+    # Not by `datasets`, which takes brackets in a compressed file's name for those of a network address.
+    with fsspec.open(path, "rt", compression="infer", encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.rstrip("\n"))
+            except ValueError as error:
+                raise TaperlitError(f"{path}, line {number} is not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise TaperlitError(f"{path}, line {number} is not a JSON object.")
+            yield row
 
 
 def read_rows(rows: Iterable[dict[str, Any]], column: str, where: str) -> Iterator[Piece]:

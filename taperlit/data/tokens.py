@@ -65,6 +65,13 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
+def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, list[int]]]:
+    for batch in _batches(pieces):
+        encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
+        for piece, encoding in zip(batch, encodings, strict=True):
+            yield piece, encoding.ids
+
+
 def write_tokens(
     directory: Path, pieces: Iterable[Piece], tokenizer: Tokenizer, val_fraction: float, max_tokens: int | None
 ) -> dict:
@@ -78,7 +85,7 @@ def write_tokens(
         pieces: the documents.
         tokenizer: encodes them.
         val_fraction: share of the documents that goes to ``val.bin``.
-        max_tokens: stop after the document that reaches this many; None takes all.
+        max_tokens: stop after the document with which ``train.bin`` reaches this many; None takes all.
 
     Returns:
         What ``meta.json`` holds: counts, dtype, a hash of all tokens, and the checksums of all files.
@@ -94,19 +101,17 @@ def write_tokens(
         tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, leave=False) as bar,
     ):
         files = dict(zip(SPLITS, (train, val), strict=True))
-        for batch in _batches(pieces):
-            encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-            for piece, encoding in zip(batch, encodings, strict=True):
-                split = split_of(piece.document, val_fraction)
-                ids = encoding.ids + [end] * piece.last
-                data = np.array(ids, dtype=dtype).tobytes()
-                hasher.update(data)
-                sums[split] = zlib.crc32(data, sums[split])
-                files[split].write(data)
-                tokens[split] += len(ids)
-                documents[split] += piece.last
-                bar.update(len(ids))
-            if max_tokens is not None and sum(tokens.values()) >= max_tokens:
+        for piece, encoded in _encoded(pieces, tokenizer):
+            split = split_of(piece.document, val_fraction)
+            ids = encoded + [end] * piece.last
+            data = np.array(ids, dtype=dtype).tobytes()
+            hasher.update(data)
+            sums[split] = zlib.crc32(data, sums[split])
+            files[split].write(data)
+            tokens[split] += len(ids)
+            documents[split] += piece.last
+            bar.update(len(ids))
+            if max_tokens is not None and piece.last and tokens["train"] >= max_tokens:
                 break
     meta: dict = {"dtype": dtype.str, "tokens": tokens, "documents": documents, "corpus": hasher.hexdigest()}
     own = {f"{split}.bin": value for split, value in sums.items()}

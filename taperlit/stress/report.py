@@ -120,7 +120,9 @@ class StressReport:
                     f"cached decoding differs from the forward pass by {outcome.difference:.1e} of the largest logit "
                     f"at {outcome.difference_length} tokens"
                 )
-        parts += [f"{outcome.case} {outcome.note}" for outcome in self.outcomes if outcome.note and outcome.dtype == self.own]
+        parts += [
+            f"{outcome.case} {outcome.note}" for outcome in self.outcomes if outcome.note and outcome.dtype == self.own
+        ]
         if (largest := self.largest) is not None:
             parts.append(f"largest scale {largest.scale_ratio:.3g} times the median, {_where(largest, name)}")
         for dtype in dtypes:

@@ -2,6 +2,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.trainer.states import TrainerFn
 from tokenizers import Tokenizer
 
 from taperlit import LanguageModel, Trainer
@@ -72,6 +74,16 @@ def test_the_cache_is_reused_and_depends_on_everything(corpus):
 
 def test_limits(corpus):
     assert sum(build(corpus, max_documents=40)._meta["documents"].values()) == 40
+
+
+@pytest.mark.parametrize("limit", [5000, 8000])
+def test_a_small_corpus_has_a_limit_of_tokens_too(corpus, limit):
+    whole, data = build(corpus), build(corpus, max_tokens=limit)
+    tokens = data._blocks["train"].tokens
+    assert limit <= len(tokens) < len(whole._blocks["train"].tokens)
+    (end,) = data.tokenizer.encode(END_OF_TEXT).ids
+    before, last = np.flatnonzero(tokens == end)[-2:] + 1
+    assert before < limit <= last == len(tokens)
 
 
 def test_a_trained_tokenizer_is_deterministic_and_lossless(corpus):
@@ -171,6 +183,31 @@ def test_a_large_cache_is_compared_where_a_run_goes_on(corpus, monkeypatch):
     again.trainer = SimpleNamespace(ckpt_path="last.ckpt")
     with pytest.raises(TaperlitError, match=r"train\.bin is not as it was written"):
         again.prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "processes", "ways"),
+    [
+        (4, 1, "4 on 1"),
+        (12, 3, "4 on 3"),
+        (4, 3, "2 on 2 or 1 on 4"),
+        (7, 3, "7 on 1"),
+        (2, 5, "1 on 2"),
+        (48, 5, "12 on 4 or 8 on 6"),
+    ],
+)
+def test_the_advice_on_another_number_of_processes_can_be_followed(corpus, monkeypatch, blocks, processes, ways):
+    data = build(corpus, batch_size=5)
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), world_size=1)
+    monkeypatch.setattr(data_module, "data_rank", lambda trainer: (0, processes))
+    state = {**data.state_dict(), "global_batch": blocks}
+    told = f"had {blocks} blocks a batch over all processes; resume it with data.batch_size {ways}."
+    with pytest.raises(TaperlitError, match=f"{re.escape(told)}$"):
+        data.load_state_dict(state)
+    for batch_size, on in re.findall(r"(\d+) on (\d+)", ways):
+        data.hparams.batch_size = int(batch_size)
+        monkeypatch.setattr(data_module, "data_rank", lambda trainer, on=int(on): (0, on))
+        data.load_state_dict(state)
 
 
 def _prepare(corpus, barrier, times):

@@ -48,6 +48,23 @@ def test_rows_of_every_format(tmp_path, name):
     assert documents(read_files([path], "text")) == TEXTS
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"])
+@pytest.mark.parametrize(("name", "other"), [("a[1]", "a1"), ("a?", "ab"), ("a*", "abc"), ("a[!b]", "ac")])
+def test_a_name_that_is_a_pattern_too_is_that_file_alone(tmp_path, suffix, name, other):
+    def make(name):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "txt":
+            path.write_text(name)
+            return str(path)
+        return write(path, [{"text": name}])
+
+    alone = make(name)
+    assert documents(read_files([alone], "text")) == [name]
+    make(other)
+    assert documents(read_files([alone], "text")) == [name]
+    assert sorted(documents(read_files(expand_globs(str(tmp_path / "*")), "text"))) == sorted([name, other])
+
+
 def test_other_files_are_a_document_each(tmp_path):
     (tmp_path / "a.txt").write_text(TEXTS[0])
     (tmp_path / "b.py.gz").write_bytes(gzip.compress(TEXTS[1].encode()))
@@ -94,11 +111,13 @@ def test_bytes_that_are_not_utf8_are_replaced_and_told(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 and \xff more")
     with pytest.warns(UserWarning, match=r"a\.txt: 2 byte sequences are not UTF-8"):
         assert documents(read_files([str(tmp_path / "a.txt")], "text")) == ["caf\ufffd and \ufffd more"]
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "\\ud800 lone"}\n')
-    texts = documents(read_files([str(tmp_path / "b.jsonl")], "text"))
-    assert texts[0] == "caf\ufffd"
-    assert texts[1].endswith(" lone")
-    texts[1].encode()
+    lines = b'{"text": "caf\xe9"}\r\n{"text": "\\ud800 lone"}\n'
+    for name, content in (("b.jsonl", lines), ("b.jsonl.gz", gzip.compress(lines))):
+        (tmp_path / name).write_bytes(content)
+        texts = documents(read_files([str(tmp_path / name)], "text"))
+        assert texts[0] == "caf\ufffd"
+        assert texts[1].endswith(" lone")
+        texts[1].encode()
 
 
 @pytest.mark.parametrize(
@@ -150,3 +169,26 @@ def test_hub_rows_and_a_hub_out_of_reach(monkeypatch):
     with pytest.raises(TaperlitError, match=r"'offline/set' cannot be loaded .*set data\.files") as error:
         list(read_hub("offline/set", None, "train", True, "text"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("told", ["Couldn't reach\nthe hub", ""])
+def test_a_hub_data_set_that_fails_under_way_is_named(monkeypatch, told):
+    import datasets
+
+    def rows(*args, **options):
+        yield {"story": TEXTS[0]}
+        raise ConnectionError(told)
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    pieces = read_hub("some/set", None, "train", True, "story")
+    assert next(pieces).text == TEXTS[0]
+    reason = "Couldn't reach the hub" if told else "ConnectionError"
+    with pytest.raises(
+        TaperlitError, match=rf"'some/set' cannot be read to its end \({reason}\); begin again"
+    ) as error:
+        next(pieces)
+    assert "\n" not in str(error.value)
+    with pytest.raises(
+        TaperlitError, match=r"^some/set has no column 'text'; set data\.text_column to one of story\.$"
+    ):
+        list(read_hub("some/set", None, "train", True, "text"))

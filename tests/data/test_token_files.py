@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from taperlit.checkpoint.checksum import checksum, checksum_of
 from taperlit.data.sources import Piece
-from taperlit.data.tokenizer import largest_id, load_tokenizer, parse_tokenizer, train_tokenizer
+from taperlit.data.tokenizer import END_OF_TEXT, largest_id, load_tokenizer, parse_tokenizer, train_tokenizer
 from taperlit.data.tokens import check_tokens, read_meta, write_tokens
 from taperlit.errors import TaperlitError
 
@@ -73,6 +73,34 @@ def test_a_small_file_is_checked_beside_large_ones(cache):
         check_tokens(cache, at_most=sizes["tokenizer.json"])
     with pytest.raises(ValueError, match=r"train\.bin is not as it was written"):
         check_tokens(cache)
+
+
+def test_tokens_stop_after_the_very_document_that_reaches_the_limit(tmp_path):
+    tokenizer = train_tokenizer(iter(["abc abd"]), 257)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    train, val = b"\xff" * 8, b"\0" * 8
+    pieces = [
+        Piece("abc ", train, last=False),
+        Piece("abd", train, last=True),
+        Piece("abc" * 99, val, last=True),  # counts for nothing
+        Piece("abc", train, last=True),
+        Piece("abd", val, last=True),
+        Piece("abd", train, last=True),
+    ]
+    texts = ["abc abd", "abc", "abd"]
+    ends = np.cumsum([len(tokenizer.encode(text).ids) + 1 for text in texts]).tolist()
+
+    def kept(limit):
+        meta = write_tokens(tmp_path, iter(pieces), tokenizer, 0.5, limit)
+        check_tokens(tmp_path)
+        text = tokenizer.decode(np.fromfile(tmp_path / "train.bin", "<u2").tolist(), skip_special_tokens=False)
+        assert text.endswith(END_OF_TEXT)
+        assert meta["documents"]["train"] == text.count(END_OF_TEXT)
+        return text.split(END_OF_TEXT)[:-1], meta["documents"]["val"]
+
+    assert kept(1) == kept(ends[0]) == (texts[:1], 0)
+    assert kept(ends[0] + 1) == kept(ends[1]) == (texts[:2], 1)
+    assert kept(ends[1] + 1) == kept(ends[2] + 1) == kept(None) == (texts, 2)
 
 
 def test_ids_beyond_two_bytes_take_four_though_the_tokens_are_few(tmp_path):
