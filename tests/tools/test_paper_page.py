@@ -474,6 +474,61 @@ def test_every_idea_has_its_pair(idea):
     assert row.gaps() == {0: told[1].loss / told[0].loss - 1}
 
 
+def of_two_texts(runs, diverged):
+    """The runs on a text, and on another of the same corpus, where losses are higher by a fifth; the run of the idea
+    ``diverged`` does so on the first."""
+    found = []
+    for text, factor in (("1" * 64, 1.0), ("2" * 64, 1.2)):
+        for run in runs:
+            lost = run.variant != "baseline" and run.idea == diverged and factor == 1
+            made = record(run, 50 if lost else None, corpus_sha256=text)
+            made["result"]["val"] = [[step, factor * loss] for step, loss in made["result"]["val"]]
+            found.append(StoredRun(made))
+    return found
+
+
+def runs_of(section):
+    return sorted(row[section.columns.index("run")] for row in section.rows)
+
+
+TRIED = [
+    Run("nano", "gcide", "baseline", 0, 10),
+    Run("nano", "gcide", "all_aux", 0, 10),
+    Run("nano", "gcide", "all_aux", 0, 10, idea="fade"),
+]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_ideas_on_two_texts_of_a_corpus_are_told_apart(order):
+    told = of_two_texts(TRIED, diverged="fade")
+    untried = StoredRun(record(TRIED[0], corpus_sha256="3" * 64))
+    section = ideas.section(PICK["ideas"]([*told, untried][::order]))
+    headings = [line for line in section.lines if line.startswith("###")]
+    assert [heading.split(", ")[1] for heading in headings] == ["gcide 11111111", "gcide 22222222"]
+    first, second = (cells_of(line) for line in section.lines if line.startswith("| fade |"))
+    assert first[2:8] == ["1", "1", "", "", "", ""]
+    gap = f"{told[5].loss / told[3].loss - 1:+.2%}{tables.FEW}"
+    assert (second[5], second[7]) == (gap, gap)
+    assert runs_of(section) == sorted(run.key for run in told)
+
+
+def test_of_one_text_the_heading_has_the_corpus_alone():
+    lines = ideas.section([StoredRun(record(run)) for run in TRIED]).lines
+    (heading,) = (line for line in lines if line.startswith("###"))
+    assert heading.startswith("### nano, gcide, ")
+
+
+def test_ideas_of_two_setups_do_not_hide_each_other():
+    told = [StoredRun(record(run)) for run in TRIED]
+    for run in json.loads(json.dumps([run.record for run in told])):
+        run["settings"]["config"]["data"]["batch_size"] = 64
+        run["result"]["val"][-1][1] *= 1.1 + 0.1 * len(told)
+        told.append(StoredRun(run))
+    assert runs_of(ideas.section(told)) == sorted(run.key for run in told)
+    gaps = {row.gaps()[0] for row in ideas.tried_in(told) if row.idea}
+    assert gaps == {told[2].loss / told[0].loss - 1, told[5].loss / told[3].loss - 1}
+
+
 def test_a_lost_idea_is_counted(tmp_path):
     told = [StoredRun(record(Run("nano", "gcide", "baseline", 0, 10)))]
     told.append(StoredRun(record(Run("nano", "gcide", "all_aux", 0, 10, idea="linear"), diverged=40)))
@@ -598,6 +653,30 @@ def test_short_runs_of_two_sizes_are_told_apart():
     assert rows
     assert [line for line in both if line.startswith("|")] == 2 * rows
     assert [line for line in both if line.startswith("###")] == [f"### {drawn[0].setup.size}", "### other"]
+
+
+SHORT = [Run("nano_unit", "gcide", variant, 3, 2.0, draw=3) for variant in ("baseline", "all_aux")]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_short_runs_on_two_texts_of_a_corpus_are_told_apart(order):
+    told = of_two_texts(SHORT, diverged=None)
+    section = short.section(told[::order])
+    rows = [cells_of(line) for line in section.lines if line.startswith("| 3 |")]
+    assert [row[1] for row in rows] == ["gcide 11111111", "gcide 22222222"]
+    assert [row[4] for row in rows] == [f"{told[at].loss:.4f}" for at in (0, 2)]
+    assert rows[0][5].startswith("diverged at step 50")
+    assert rows[1][5] == f"{told[3].loss / told[2].loss - 1:+.2%}"
+    (way,) = (cells_of(line) for line in section.lines if line.startswith("| the paper's |"))
+    assert way[2:4] == ["2", "1"]
+    assert runs_of(section) == sorted(run.key for run in told)
+
+
+def test_a_short_baseline_that_diverged_is_told():
+    lines = short.section([StoredRun(record(SHORT[0], diverged=50)), StoredRun(record(SHORT[1]))]).lines
+    (row,) = (cells_of(line) for line in lines if line.startswith("| 3 |"))
+    assert row[4].startswith("diverged at step 50")
+    assert row[5] == ""
 
 
 def test_finetune_and_decode_read_what_our_commands_wrote():

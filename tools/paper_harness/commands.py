@@ -40,7 +40,12 @@ def finetune(size: str, out: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work.absolute()) as folder:
         model, config = Path(folder, "random-llama"), Path(folder, "config.yaml")
-        data = {"max_tokens": TOY_TOKENS, "cache_dir": f"{folder}/tokens", **corpus.place_options("embedded")}
+        data = {
+            "max_tokens": TOY_TOKENS,
+            "val_fraction": 0.2,
+            "cache_dir": f"{folder}/tokens",
+            **corpus.place_options("embedded"),
+        }
         config.write_text(yaml.safe_dump({**TOY_CONFIG, "data": data}))
         _random_llama(model)
         words += ["--gguf", str(model), "--work", f"{folder}/runs", "--config", str(config), *TOY_FINETUNE]

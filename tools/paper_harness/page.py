@@ -158,8 +158,8 @@ def _data(runs: Sequence[StoredRun]) -> list[str]:
         "are not; hold signs and orders against the paper's, not digits. A seed fixes the initial weights and the "
         "order of the data for every variant, so that gaps are of pairs. DyT and Derf begin with a scalar of "
         f"{EMBEDDING_SCALE:g} after the embedding, since from the authors' sqrt(d_model) they learn nothing at nano's "
-        "width. The sizes named `_unit` are the same models with `embed_norm` and `init: fan_in`, their learning rate held "
-        "to half of the run.",
+        "width. The sizes named `_unit` are the same models with `embed_norm` and `init: fan_in`, their learning rate "
+        "held to half of the run.",
         "",
         *markdown(header, rows, left=3),
     ]

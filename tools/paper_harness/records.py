@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,9 +117,9 @@ class StoredRun:
         return self.settings["steps"]
 
     @property
-    def place(self) -> tuple[str, str, float, float]:
-        """Size, corpus, learning rate and length: where an idea has its rivals."""
-        return self.settings["size"], self.settings["corpus"], float(self.settings["lr"]), self.length
+    def place(self) -> tuple[str, str, str, float, float]:
+        """Size, corpus, its text's hash, learning rate and length: where an idea has its rivals."""
+        return *self.setup[:4], self.length
 
     @cached_property
     def loss(self) -> float:
@@ -265,6 +265,13 @@ def title(variant: str) -> str:
     return TITLES.get(variant, variant)
 
 
+def corpus_names(runs: Iterable[StoredRun]) -> dict[tuple[str, str], str]:
+    """The name of each text by corpus and hash; one of several of a corpus has the first digits of its hash."""
+    texts = {(run.setup.corpus, run.setup.corpus_sha256) for run in runs}
+    several = Counter(corpus for corpus, _ in texts)
+    return {(corpus, text): f"{corpus} {text[:8]}" if several[corpus] > 1 else corpus for corpus, text in texts}
+
+
 def seeds_of(runs: Iterable[StoredRun]) -> list[int]:
     """The seeds there are, in order."""
     return sorted({run.seed for run in runs})
@@ -358,7 +365,7 @@ def our_runs(runs: Iterable[StoredRun]) -> list[StoredRun]:
     them."""
     every = [*runs]
     places = {run.place for run in every if run.idea == OURS and run.variant in FIVE}
-    plain = {(SIZES[size].plain, corpus, length) for size, corpus, _, length in places if size in SIZES}
+    plain = {(SIZES[size].plain, corpus, length) for size, corpus, _, _, length in places if size in SIZES}
     return [
         run
         for run in every

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from paper_harness.comparison import left_out
 from paper_harness.figures import canvas, color_of
-from paper_harness.records import BASELINE, TITLES, StoredRun, grouped, title, without_doubles
+from paper_harness.records import BASELINE, TITLES, StoredRun, corpus_names, grouped, title, without_doubles
 from paper_harness.statistics import Estimate, estimate
 from paper_harness.tables import RUN_COLUMNS, Section, few, gap_cell, markdown, number_cell, run_row
 
@@ -101,14 +101,20 @@ def _at(curve: Sequence[tuple[float, float]], step: float) -> float:
 
 
 def tried_in(runs: Iterable[StoredRun]) -> list[Tried]:
-    """The runs of one place as rows: the paper's own settings first, then the ideas by name, each variant in turn."""
+    """The runs of one place as rows: the paper's own settings first, then the ideas by name, each variant in turn.
+
+    Runs of several setups, as ideas that change the model are, are rows of their own; `plain` is of the one setup with
+    the most baselines.
+    """
     runs = [*runs]
-    bases = {(run.setup, run.seed): run for run in runs if run.variant == BASELINE and run.arrived}
-    plain = {run.seed: run.loss for run in runs if run.variant == BASELINE and not run.idea and run.arrived}
+    arrived = [run for run in runs if run.variant == BASELINE and run.arrived]
+    bases = {(run.setup, run.seed): run for run in arrived}
+    without = grouped([run for run in arrived if not run.idea], lambda run: run.setup)
+    plain = {run.seed: run.loss for run in next(iter(without.values()), [])}
     rows = []
-    for (idea, variant), own in grouped(runs, lambda run: (run.idea, run.variant)).items():
+    for (idea, variant, setup), own in grouped(runs, lambda run: (run.idea, run.variant, run.setup)).items():
         by_seed = {run.seed: run for run in own}
-        own_bases = {s: base for s, run in by_seed.items() if (base := bases.get((run.setup, s))) is not None}
+        own_bases = {seed: base for seed in by_seed if (base := bases.get((setup, seed))) is not None}
         rows.append(Tried(idea, variant, by_seed, own_bases, plain))
     order = [*TITLES]
     return sorted(rows, key=lambda row: (row.idea, order.index(row.variant)))
@@ -126,11 +132,12 @@ def section(runs: Sequence[StoredRun]) -> Section:
         "random tokens, of the run itself.",
         "",
     ]
+    names = corpus_names(picked.runs)
     rows, drawn = [], []
     for place, own in grouped(picked.runs, lambda run: run.place).items():
         table = tried_in(own)
-        size, corpus, lr, length = place
-        heading = f"{size}, {corpus}, learning rate {lr:g}, {length:g} tokens per parameter"
+        size, corpus, text, lr, length = place
+        heading = f"{size}, {names[corpus, text]}, learning rate {lr:g}, {length:g} tokens per parameter"
         lines += [f"### {heading}", "", *_table(table)]
         rows += csv_rows(table)
         if told := rivals(table):

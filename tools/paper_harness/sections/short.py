@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from paper_harness.comparison import left_out
 from paper_harness.figures import canvas, color_of
-from paper_harness.records import BASELINE, StoredRun, grouped, title, without_doubles
+from paper_harness.records import BASELINE, StoredRun, corpus_names, grouped, title, without_doubles
 from paper_harness.sections.ideas import PAPERS_OWN, Tried, tried_in
 from paper_harness.tables import RUN_COLUMNS, Section, markdown, percent, run_row
 
@@ -22,6 +22,7 @@ def section(runs: Sequence[StoredRun]) -> Section:
     sizes = grouped(picked.runs, lambda run: run.setup.size)
     drawn = {size: _by_draw(own) for size, own in sizes.items()}
     found = {size: _by_way(draws) for size, draws in drawn.items()}
+    names = corpus_names(picked.runs)
     lines = [
         "Each draw has its own steps (uniform in the logarithm), learning rate (likewise), corpus and seed. The gap is "
         f"to the baseline of the same draw and model; a run loses where it is over {MOST:+.0%}.",
@@ -29,15 +30,15 @@ def section(runs: Sequence[StoredRun]) -> Section:
         *(
             line
             for size, draws in drawn.items()
-            for line in (f"### {size}", "", *_summary(found[size]), *_each(draws, list(found[size])))
+            for line in (f"### {size}", "", *_summary(found[size]), *_each(draws, list(found[size]), names))
         ),
         *left_out(picked.superseded),
     ]
     dots = {f"{size}, {_name(way)}": rows for size, ways in found.items() for way, rows in ways.items()}
     rows = [
-        [draw, row.idea, *run_row(run, None if row.variant == BASELINE else row.gaps().get(seed))]
+        [run.draw, row.idea, *run_row(run, None if row.variant == BASELINE else row.gaps().get(seed))]
         for draws in drawn.values()
-        for draw, tried in draws.items()
+        for tried in draws
         for row in tried
         for seed, run in sorted(row.runs.items())
     ]
@@ -52,14 +53,15 @@ def section(runs: Sequence[StoredRun]) -> Section:
     )
 
 
-def _by_draw(runs: Sequence[StoredRun]) -> dict[int | None, list[Tried]]:
-    return {draw: tried_in(own) for draw, own in sorted(grouped(runs, lambda run: run.draw).items())}
+def _by_draw(runs: Sequence[StoredRun]) -> list[list[Tried]]:
+    """The rows of each draw; of one whose corpus has several texts those of each text."""
+    return [tried_in(own) for _, own in sorted(grouped(runs, lambda run: (run.draw, *run.place)).items())]
 
 
-def _by_way(draws: dict[int | None, list[Tried]]) -> dict[tuple[str, str], list[Tried]]:
+def _by_way(draws: list[list[Tried]]) -> dict[tuple[str, str], list[Tried]]:
     """The rows of all draws by idea and variant."""
     found: dict[tuple[str, str], list[Tried]] = {}
-    for row in (row for rows in draws.values() for row in rows if row.variant != BASELINE):
+    for row in (row for rows in draws for row in rows if row.variant != BASELINE):
         found.setdefault(_way(row), []).append(row)
     return found
 
@@ -91,15 +93,15 @@ def _summary(found: dict[tuple[str, str], list[Tried]]) -> list[str]:
     return markdown(header, rows, left=2)
 
 
-def _each(draws: dict[int | None, list[Tried]], ways: list[tuple[str, str]]) -> list[str]:
+def _each(draws: list[list[Tried]], ways: list[tuple[str, str]], names: dict[tuple[str, str], str]) -> list[str]:
     rows = []
-    for draw, tried in draws.items():
+    for tried in draws:
         run = next(run for row in tried for run in row.runs.values())
-        by_way = {_way(row): row for row in tried}
-        base = by_way.get(("", BASELINE))
-        loss = "" if base is None else ", ".join(f"{one.loss:.4f}" for one in base.runs.values())
-        cells = [_cell(by_way[way]) if way in by_way else "" for way in ways]
-        rows.append([str(draw), run.setup.corpus, str(run.steps), f"{run.setup.lr:g}", loss, *cells])
+        bases = [one for row in tried if _way(row) == ("", BASELINE) for one in row.runs.values()]
+        loss = ", ".join(f"{one.loss:.4f}" if one.arrived else one.fate for one in bases)
+        cells = ["; ".join(_cell(row) for row in tried if _way(row) == way) for way in ways]
+        corpus = names[run.setup.corpus, run.setup.corpus_sha256]
+        rows.append([str(run.draw), corpus, str(run.steps), f"{run.setup.lr:g}", loss, *cells])
     return markdown(["draw", "corpus", "steps", "learning rate", "baseline", *map(_name, ways)], rows, left=2)
 
 
