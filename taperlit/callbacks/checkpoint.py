@@ -4,15 +4,18 @@ import os
 import signal
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from taperlit.checkpoint.atomic import recover
+from taperlit.checkpoint.background import host_copy
 from taperlit.distributed import gather
 from taperlit.ranges import require_range
 from taperlit.training.lightning_compat import (
@@ -55,6 +58,10 @@ class RunCheckpoint(CheckpointCallback):
     validation pass that was interrupted is done again, from its start, by the run that goes on. Where validation data
     on several processes has no length, the pass ends first. A signal in the sanity check, before the first step, saves
     nothing; one in the last step ends no sooner than the run.
+
+    Where Lightning's ``WeightAveraging`` is in use, every checkpoint has the averages as ``state_dict`` and the weights
+    that are trained as ``current_model_state``, whenever it is saved. Used again by a new trainer, the callback begins
+    anew, in the folder that it has.
 
     (Lightning's own handler starts a collective operation inside the signal handler, which can hang a run of several
     processes, and stops only after validation; its Ctrl-C saves nothing.)
@@ -101,10 +108,16 @@ class RunCheckpoint(CheckpointCallback):
         self._handlers: dict[int, Any] = {}  # those that were there before
         self._in_step = False  # saving after a training step
         self._in_validation = False  # saving within a pass
+        self._in_pass = False  # of validation, in which averages stand in the module
+        self._trained: dict[str, Any] | None = None  # the weights at the run's end, before averages are copied over
         self._common_batches = 0.0  # of this pass, that every process still has before it
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder that the checkpoints go to."""
+        """Find the folder that the checkpoints go to, and forget an earlier fit; a checkpoint is loaded after this."""
+        if stage == "fit":
+            # A trainer that has made steps goes on with its run, whose best stays the best.
+            self.forget(everything=trainer.global_step == 0)
+            self._trained = None
         super().setup(trainer, pl_module, stage)
         self._evaluates = stage != "fit"
         self._speaks = trainer.is_global_zero
@@ -159,6 +172,7 @@ class RunCheckpoint(CheckpointCallback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save if it is time, or if any process was told to stop."""
         self._in_step = True
+        self._trained = None
         try:
             super().on_train_batch_end(trainer, pl_module, *args)
             if not should_accumulate(trainer):
@@ -210,6 +224,28 @@ class RunCheckpoint(CheckpointCallback):
         if self._common_batches == float("inf") and trainer.world_size > 1:
             self._common_batches = 0
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know that averages were exchanged with the weights just now."""
+        self._in_pass = True
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know that the weights are back."""
+        self._in_pass = False
+
+    @contextmanager
+    def _saving_in_validation(self, trainer: L.Trainer) -> Iterator[None]:
+        # Averages and weights change places for a pass, and a checkpoint calls each by its place.
+        averages = _averages(trainer)
+        for callback in averages:
+            callback.on_validation_epoch_end(trainer, trainer.lightning_module)
+        self._in_validation = True
+        try:
+            yield
+        finally:
+            self._in_validation = False
+            for callback in averages:
+                callback.on_validation_epoch_start(trainer, trainer.lightning_module)
+
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Stop within the pass, if any process was told to."""
         self._common_batches -= 1
@@ -218,11 +254,8 @@ class RunCheckpoint(CheckpointCallback):
         signum = max(gather(self._told))
         if trainer.sanity_checking:
             raise Stopped(None, signum)
-        self._in_validation = True
-        try:
+        with self._saving_in_validation(trainer):
             self.save_last_now(trainer)
-        finally:
-            self._in_validation = False
         raise Stopped(self.last_model_path or None, signum)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -234,21 +267,32 @@ class RunCheckpoint(CheckpointCallback):
             self._save_behind(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Mark what is saved within a validation pass: the pass is to be done again."""
+        """Mark what is saved within a validation pass: the pass is to be done again. Save the weights, not averages."""
         if self._in_validation:
             repeat_validation(checkpoint)
+        if self._trained is not None and "current_model_state" in checkpoint:
+            checkpoint["current_model_state"] = self._trained
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the weights if the run ends here: averages are copied over them before :meth:`on_train_end`."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.save_last and _averages(trainer) and (trainer.should_stop or _is_over(trainer)):
+            self._trained = host_copy(trainer.strategy.lightning_module_state_dict())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end too: the last validation may have been some steps before it."""
         super().on_train_end(trainer, pl_module)
         if self.save_last and self.saved_at != trainer.global_step:
             self.save_last_now(trainer)
+        self._trained = None
         self._finish(trainer)
         self._give_back()  # all is saved: what other callbacks do now may be stopped where it stands
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let a checkpoint that is being written be whole; take those along that this process has launched."""
-        super().on_exception(trainer, pl_module, exception)
+        with self._saving_in_validation(trainer) if self._in_pass and self.save_on_exception else nullcontext():
+            super().on_exception(trainer, pl_module, exception)
+        self._in_pass = False
         self._give_back()
         at_once = isinstance(exception, SystemExit) and not isinstance(exception, Stopped)
         if isinstance(trainer, Trainer):
@@ -288,8 +332,12 @@ class RunCheckpoint(CheckpointCallback):
         recover(directory / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
 
 
+def _averages(trainer: L.Trainer) -> list[WeightAveraging]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
+
+
 def _is_over(trainer: L.Trainer) -> bool:
-    """Whether the training step under way is the run's last."""
+    """Whether the training step under way, or the one just done, is the run's last."""
     if 0 < trainer.max_steps <= trainer.global_step:
         return True
     epochs = trainer.max_epochs

@@ -48,9 +48,10 @@ class ShrinkMassive(L.Callback):
     until the sum of what they write is ``multiple`` times it at step ``end``. Massive units of later blocks mostly take
     away what earlier ones wrote, so that each map's units shrink by no less than those before them.
 
-    It changes weights, and these are saved as any; what is left to do is in the checkpoint. It works beside DDP; the
-    weights must be whole and trained on every process. Under ``fast_dev_run`` it measures in the first step and
-    shrinks in the second.
+    It changes weights, and these are saved as any; what is left to do is in the checkpoint. A step's factor is close to
+    1, and bfloat16 would round it away: what rounding takes is kept, in the checkpoint too, and made good in the next
+    step. It works beside DDP; the weights must be whole and trained on every process. Under ``fast_dev_run`` it
+    measures in the first step and shrinks in the second.
 
     Example::
 
@@ -83,6 +84,7 @@ class ShrinkMassive(L.Callback):
         self._found: dict[str, Massive] | None = None  # once measured
         self._applied = 0  # the last optimizer step whose share of the shrinking is in the weights
         self._steps: tuple[int, int] | None = None
+        self._lost: dict[str, Tensor] = {}  # by map, what rounding took from its massive columns: (d_model, units)
         self._peaks: dict[str, Tensor] = {}  # of the batch under way, likewise
         self._medians: dict[str, list[Tensor]] = defaultdict(list)
         self._since_norm: list[str] = []  # the maps that ran since the last norm did
@@ -180,7 +182,7 @@ class ShrinkMassive(L.Callback):
             self._found = self._judge()
             self._tell(begin, end)
         for name, one in self._found.items():
-            _shrink(pl_module, name, one.units, one.factor ** (1 / (end - begin)))
+            _shrink(pl_module, name, one.units, one.factor ** (1 / (end - begin)), self._lost)
         self._applied = step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -233,6 +235,7 @@ class ShrinkMassive(L.Callback):
             "found": None if found is None else {name: tuple(one) for name, one in found.items()},
             "applied": self._applied,
             "steps": self._steps,
+            "lost": {name: lost.cpu() for name, lost in self._lost.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -241,6 +244,7 @@ class ShrinkMassive(L.Callback):
         self._seen = dict(state_dict["seen"])
         self._found = None if found is None else {name: Massive(*one) for name, one in found.items()}
         self._applied, self._steps = state_dict["applied"], state_dict["steps"]
+        self._lost = dict(state_dict.get("lost", {}))  # which checkpoints of before do not have
 
 
 def _columns(module: nn.Module) -> Tensor | None:
@@ -253,7 +257,7 @@ def _columns(module: nn.Module) -> Tensor | None:
 
 
 @torch.no_grad()
-def _shrink(pl_module: nn.Module, name: str, units: tuple[int, ...], factor: float) -> None:
+def _shrink(pl_module: nn.Module, name: str, units: tuple[int, ...], factor: float, lost: dict[str, Tensor]) -> None:
     module = pl_module.get_submodule(name)
     columns = _columns(module)
     assert columns is not None
@@ -262,4 +266,10 @@ def _shrink(pl_module: nn.Module, name: str, units: tuple[int, ...], factor: flo
             f"ShrinkMassive would shrink weights of {plain_name(name)}, which are sharded or not trained; run it on "
             "whole weights that are all trained (one process or DDP, no LoRA), or leave it out."
         )
-    columns[:, list(units)] *= factor
+    exact = columns[:, list(units)].to(torch.promote_types(columns.dtype, torch.float32))
+    if name in lost:
+        exact += lost[name].to(exact)
+    exact *= factor
+    columns[:, list(units)] = exact.to(columns.dtype)
+    if exact.dtype != columns.dtype:
+        lost[name] = exact - columns[:, list(units)]

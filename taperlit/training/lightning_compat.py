@@ -5,7 +5,7 @@ part and says why no public one will do.
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +61,31 @@ def compute_dtype(plugin: Precision) -> torch.dtype:
     ``throughput_monitor._plugin_to_compute_dtype``: no precision plugin tells it publicly.
     """
     return _plugin_to_compute_dtype(plugin)
+
+
+def before_next_batch(trainer: L.Trainer, function: Callable[[], None]) -> None:
+    """Have a function called when the next training batch is about to be fetched; ask in ``on_train_start``.
+
+    ``FitLoop._data_fetcher``: between the hooks, in which anyone may draw random numbers, and the fetch there is none.
+    An iterator that Lightning makes anew after this does not call it.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    assert fetcher.iterator is not None
+    fetcher.iterator = _Announced(fetcher.iterator, function)
+
+
+class _Announced:
+    def __init__(self, iterator: Iterator[Any], function: Callable[[], None]) -> None:
+        self.iterator, self.function = iterator, function
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        function, self.function = self.function, lambda: None
+        function()
+        return next(self.iterator)
 
 
 def update_bar(bar: tqdm, n: int) -> None:
@@ -255,6 +280,21 @@ class CheckpointCallback(ModelCheckpoint):
         ``_last_global_step_saved``.
         """
         return self._last_global_step_saved
+
+    def forget(self, everything: bool) -> None:
+        """Let a fit begin with nothing saved; and, if it begins with everything anew, with no scores and paths.
+
+        ``_last_global_step_saved`` and what else the constructor sets: Lightning sets it there alone, so that a second
+        fit would take its steps for saved ones.
+        """
+        self._last_global_step_saved, self._defer_save_until_validation = 0, False
+        if not everything:
+            return
+        self._last_checkpoint_saved = ""
+        self.best_k_models = {}
+        self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        self.best_model_score = self.current_score = None
+        self.kth_best_model_path = self.best_model_path = self.last_model_path = ""
 
     def save_last_now(self, trainer: L.Trainer) -> None:
         """Save ``last.ckpt``, if ``save_last`` asks for one; every process must ask.

@@ -1,5 +1,7 @@
 """ShrinkMassive: units that write massive activations, planted and found."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -167,6 +169,34 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path, stop):
     fit(tmp_path, part, *callbacks(), RngState(), Stop(stop)).save_checkpoint(tmp_path / "last.ckpt")
     fit(tmp_path, rest, *callbacks(), RngState(), ckpt_path=tmp_path / "last.ckpt")
     assert same(state_of(whole), state_of(rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_thousand_factors_of_nearly_1_come_to_what_was_asked(dtype):
+    name, units, factor = "blocks.0.down", [3, 20], 0.04
+    # As checkpoints from before the remainders were kept have it.
+    begun = {"seen": {}, "found": {name: (tuple(units), 100.0, factor)}, "applied": 2, "steps": (2, 1002)}
+
+    def go(model, state, steps):
+        callback = ShrinkMassive()
+        callback.load_state_dict(state)
+        for step in steps:
+            callback.on_train_batch_start(SimpleNamespace(global_step=step), model)
+        return callback.state_dict()
+
+    def weights():
+        model = Blocks(planted=False).to(dtype)
+        return model, model.columns(0).detach()
+
+    (whole, columns), (part, again), (_, expected) = weights(), weights(), weights()
+    original = expected[:, units].float()
+    go(whole, begun, range(2, 1004))
+    torch.testing.assert_close(columns[:, units].float(), original * factor, rtol=0.01, atol=0)
+    go(part, go(part, begun, range(2, 517)), range(517, 1004))  # resumed
+    assert torch.equal(again, columns)
+    for _ in range(1000):
+        expected[:, units] *= factor ** (1 / 1000)
+    assert torch.equal(expected, columns) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -1,12 +1,18 @@
 """Averaged weights through the taper: the gate's phase follows its value, in training, in validation and at the end."""
 
+import os
+import signal
+
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from toy import Stop, Toy, fit, rows, same, state_of
 
-from taperlit import AlignmentFreeze, FoldOnEnd, GateSchedule, load_folded
+from taperlit import AlignmentFreeze, FoldOnEnd, GateSchedule, Trainer, load_folded
+from taperlit.callbacks import RunCheckpoint
+from taperlit.callbacks.checkpoint import Stopped
 from taperlit.norm import Phase, shared_gate, tapered_norms
 
 
@@ -134,3 +140,101 @@ def test_an_averaged_gate_is_not_folded_and_the_mend_is_said(tmp_path):
     with pytest.warns(UserWarning, match=r"Not folded: The gate is 0\.\d+, not 0.* average with use_buffers=False"):
         run(tmp_path, FoldOnEnd(str(tmp_path / "folded")), EMAWeightAveraging(decay=0.8))
     assert not (tmp_path / "folded").exists()
+
+
+class ByStep(Watched):
+    """Its data do not depend on where the loader is."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(rows()[self.global_step :][:4])
+
+
+class States(L.Callback):
+    """Keeps weights and averages after each step, and what a fit begins with."""
+
+    def __init__(self, averaging):
+        self.averaging, self.trained, self.averages = averaging, {}, {}
+
+    def on_train_start(self, trainer, pl_module):
+        self.on_train_batch_end(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.trained[trainer.global_step] = state_of(pl_module)
+        self.averages[trainer.global_step] = state_of(self.averaging._average_model.module)
+
+
+class InValidation(L.Callback):
+    """Does something in a validation pass's second batch."""
+
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.global_step == self.step and batch_idx == 1:
+            self.do()
+
+
+def saved_run(tmp_path, *callbacks, saving=None, **options):
+    averaging = EMAWeightAveraging(decay=0.5, use_buffers=False)
+    states = States(averaging)
+    mine = [GateSchedule(3, 6), AlignmentFreeze(), averaging, states, RunCheckpoint(dirpath=tmp_path, **(saving or {}))]
+    options = {"limit_val_batches": 1.0, "val_check_interval": 4, "num_sanity_val_steps": 0, **options}
+    model = ByStep()
+    try:
+        fit(tmp_path, model, *mine, *callbacks, kind=Trainer, enable_checkpointing=True, **options)
+    except (Stopped, ZeroDivisionError):
+        pass
+    else:
+        assert same(state_of(model), states.averages[max(states.averages)])
+    return states
+
+
+def last(tmp_path, states):
+    """Which steps' weights and averages a checkpoint has, and where a run begins that goes on from it."""
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    step = checkpoint["global_step"]
+    assert same(checkpoint["current_model_state"], states.trained[step])
+    assert same(checkpoint["state_dict"], states.averages[step])
+    return step
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_a_stop_in_validation_saves_weights_and_averages_each_by_its_name(tmp_path, step):
+    whole = saved_run(tmp_path / "whole")
+    assert last(tmp_path / "whole", whole) == 12
+    stop = InValidation(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert last(tmp_path, saved_run(tmp_path, stop)) == step
+    again = saved_run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    assert min(again.trained) == step
+    assert all(same(again.trained[i], whole.trained[i]) for i in range(step, 13))
+    assert all(same(again.averages[i], whole.averages[i]) for i in range(step, 13))
+    assert last(tmp_path, whole) == 12
+
+
+def test_what_is_saved_on_an_error_in_validation_too(tmp_path):
+    fail = InValidation(8, lambda: 1 / 0)
+    states = saved_run(tmp_path, fail, saving={"save_on_exception": True})
+    assert last(tmp_path, states) == 8
+    again = saved_run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    assert same(again.trained[8], states.trained[8])
+    assert last(tmp_path, again) == 12
+
+
+@pytest.mark.parametrize(
+    ("end", "options"),
+    [
+        (12, {}),  # validated
+        (12, {"val_check_interval": 5}),
+        (7, {"extra": Stop(7)}),
+        (10, {"steps": -1, "max_epochs": 2, "limit_train_batches": 5}),
+    ],
+)
+def test_the_end_is_saved_with_the_weights_that_averages_are_copied_over(tmp_path, end, options):
+    options = dict(options)
+    extra = [options.pop("extra")] if "extra" in options else []
+    states = saved_run(tmp_path, *extra, **options)
+    assert last(tmp_path, states) == end == max(states.trained)
+    assert not same(states.trained[end], states.averages[end])
+    again = saved_run(tmp_path, ckpt_path=tmp_path / "last.ckpt", steps=end + 2)
+    assert same(again.trained[end], states.trained[end])
+    assert max(again.trained) == end + 2
