@@ -289,6 +289,10 @@ class Gate(Float32State):
             self._s = _Number()
             self._follow((self._known[0], 1.0))
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        _ = self.phase  # which looks: compiled code reads the last phase, and does not look for itself
+
     def extra_repr(self) -> str:
         """The phase."""
         return self.phase.value

@@ -330,6 +330,25 @@ def test_one_graph_a_phase_while_the_gate_moves(taper, plain):
     assert counter.frame_count == 3
 
 
+@pytest.mark.parametrize("stage", [None, (1.0, 0.5)])
+def test_compiled_code_follows_a_state_dict(stage):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    states, x = [], torch.randn(4, 8)
+    for g in (0.0, 0.9, 0.8, 1.0):
+        norm = randomize(TaperRMSNorm(8), seed=1)
+        norm.set_stage(stage)
+        norm.gate.set(g)
+        states.append((norm, copy.deepcopy(norm.state_dict())))
+    loaded = TaperRMSNorm(8)
+    loaded.set_stage(stage)
+    compiled = torch.compile(loaded, backend=counter, fullgraph=True)
+    for norm, state in states * 2:
+        loaded.load_state_dict(state)
+        torch.testing.assert_close(compiled(x), norm(x))
+    assert counter.frame_count == 3  # a graph a phase, and none for a state
+
+
 def test_no_host_sync_in_forward():
     # On the meta device any .item() raises, and a value-dependent branch as well.
     with torch.device("meta"):

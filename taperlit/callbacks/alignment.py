@@ -35,7 +35,8 @@ class AlignmentFreeze(L.Callback):
     A norm with a gate of its own (see GateSchedule's ``stages``) has its boundary where that begins to fall.
 
     Which scalars are frozen stands in the norms (``TaperNorm.frozen``) and is saved with them. Weights that are past
-    the boundary stay as they are; those that begin a new run at gate 1 are measured and frozen anew.
+    the boundary stay as they are; those that begin a new run at gate 1 are measured and frozen anew, without what an
+    earlier run that stopped on the way had measured.
 
     ``c`` is ``E[w / r] / E[w]`` with ``w`` by ``fit``, see :class:`taperlit.norm.AlignmentFit`: under the paper's, the
     few tokens of pretrained models that have a huge residual decide alone. Other fits set them free to explode, unless
@@ -121,7 +122,7 @@ class AlignmentFreeze(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the boundary, see which scalars are frozen, and drop what a tuner's trial steps left behind."""
-        gate, norms = self._gate, self._norms.values()
+        gate = self._gate
         self._forget_batches()
         if gate.first is not None and gate.first.item() and not gate.plan.first:
             raise TaperlitError(
@@ -154,8 +155,10 @@ class AlignmentFreeze(L.Callback):
                 f"AlignmentFreeze.at is step {self._boundary.step}, after the gate's warm-up of {gate.plan.warmup} "
                 "steps, when the scalars are in use already; leave at= out."
             )
-        if not self._open and trainer.global_step < self._boundary.step:
-            for norm in norms:
+        # A new run, where an earlier one that was stopped may have left averages, maybe of another fit; or an old one
+        # whose boundary has moved on.
+        if trainer.global_step == 0 or (not self._open and trainer.global_step < self._boundary.step):
+            for norm in self._norms.values():
                 norm.forget_alignment()
             self._stop_tracking(self._tracked)
             self._open, self._tracked, self.frozen = set(self._norms), set(), False

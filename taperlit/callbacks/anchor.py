@@ -26,8 +26,8 @@ class ScaleAnchor(L.Callback):
     square, or standard deviation for the LayerNorm kind, in float32. The target is the bias-corrected moving average
     of the batch mean of ``s(h)`` over the warm-up; it is frozen, and the loss begins, at the boundary. A step counts
     for the average if it has gradients and its ``s(h)`` is finite. The loss is added to what ``training_step``
-    returns, so validation never contains it; a batch for which the module does not run, or ``training_step`` returns
-    None, is left as it is.
+    returns, so validation never contains it; a batch for which the module does not run, or runs on no token, or
+    ``training_step`` returns None, is left as it is.
 
     It works on a plain model too, without any other callback, if it is told when to freeze.
 
@@ -145,6 +145,9 @@ class ScaleAnchor(L.Callback):
         if not (module.training and torch.is_grad_enabled()):
             return
         h = first_input(module, args, kwargs)
+        self._ran = True
+        if h.numel() == 0:  # an expert that gets no token
+            return
         if self.skip:
             if h.ndim != 3 or h.shape[1] <= self.skip:
                 raise TaperlitError(
@@ -153,7 +156,6 @@ class ScaleAnchor(L.Callback):
                 )
             h = h[:, self.skip :]
         s = self.scale(h, _eps_of(module))
-        self._ran = True
         if self.target is None:
             self._scales.append(s.detach().mean())
         else:

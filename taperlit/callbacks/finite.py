@@ -36,6 +36,9 @@ class FiniteGuard(L.Callback):
     manual optimization a batch runs again only up to its first backward pass; what goes wrong after it is reported
     without a layer.
 
+    Wherever it stands among the callbacks, it goes before the first that acts on an optimizer's step, so that they all
+    see a step that is left out as one.
+
     Nothing with such weights is ever saved, so the checkpoints on disk stay good.
 
     It waits for the GPU once per step and, with gradient accumulation, once per micro-batch for a loss that is
@@ -70,9 +73,12 @@ class FiniteGuard(L.Callback):
         self._suspect: tuple[Any, int] | None = None  # the first whose loss was bad
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget an earlier fit; what a checkpoint restores comes after this."""
+        """Forget an earlier fit (what a checkpoint restores comes after this), and go before those who count steps."""
         if stage == "fit":
             self._forget()
+            others = [callback for callback in trainer.callbacks if callback is not self]
+            place = next(i for i, callback in enumerate(trainer.callbacks) if callback is self or _acts(callback))
+            trainer.callbacks = [*others[:place], self, *others[place:]]  # Lightning is going through the old list
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Drop what a tuner's trial steps left behind."""
@@ -214,6 +220,10 @@ class _Flag:
         if self._done is not None:
             self._done.synchronize()
         return bool(self._value)
+
+
+def _acts(callback: L.Callback) -> bool:
+    return type(callback).on_before_optimizer_step is not L.Callback.on_before_optimizer_step
 
 
 def _is_scaled(trainer: L.Trainer) -> bool:

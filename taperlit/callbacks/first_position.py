@@ -79,7 +79,8 @@ class FirstPosition(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the boundary, and refuse weights whose statistics began without a first position."""
         gate, norms = self._gate, self._norms.values()
-        if gate.phase is not Phase.NORMALIZE or not all(norm.frozen for norm in norms):  # else they may begin anew
+        # Else they begin anew: AlignmentFreeze, which may come later, forgets those of an earlier run.
+        if gate.phase is not Phase.NORMALIZE or (trainer.global_step and not all(norm.frozen for norm in norms)):
             self._require_statistics(begun_is_enough=gate.phase is Phase.NORMALIZE)
         end = self._boundary(trainer)
         closed = gate.plan.closed_by

@@ -1,5 +1,6 @@
 """Drive the global gate from 1 to 0."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
 
 from taperlit.callbacks.drift import Drift
 from taperlit.callbacks.plan import forget_plan
@@ -24,7 +26,8 @@ class GateSchedule(L.Callback):
 
     During optimizer step k, counted from 1: ``g = 1`` for ``k <= warmup``, ``g = 0`` for ``k >= end``, and between them
     ``(1 + cos(pi (k - warmup) / (end - warmup))) / 2``, or a straight line. It also takes the parameters that the
-    current phase leaves idle out of the optimizer's reach, so that they neither decay nor gather moments.
+    current phase leaves idle out of the optimizer's reach, so that they neither decay nor gather moments; but for those
+    that another module has too and still uses.
 
     Steps are those that ``trainer.global_step`` and ``max_steps`` count. With manual optimization these are the steps
     of all optimizers together, so that a batch in which two optimizers step is two steps; the gate moves between
@@ -128,6 +131,7 @@ class GateSchedule(L.Callback):
         self._drift = Drift()
         self._begun = 0  # the global step as the batch under way began
         self._norms: list[TaperNorm] = []
+        self._owners: Counter[nn.Parameter] = Counter()  # how many modules have a parameter
         self._stages: dict[str, Stage | None] = {}  # asked for, by norm
         self._ceiling = 1.0  # the gate of weights that were tapered before, if it is kept
         self._plan = GatePlan()  # of this fit; what others write there is read here also when the fit is over
@@ -215,6 +219,8 @@ class GateSchedule(L.Callback):
                 "taper(model, optimizers=...)."
             )
         self._check_stages(pl_module)
+        # Module by module, for one that stands in two places uses its parameters in one phase.
+        self._owners = Counter(p for module in pl_module.modules() for p in module.parameters(recurse=False))
         g, planned = self._gate.value.item(), self._plan.gate(trainer.global_step + 1)
         # What a resumed run left may be lower than it goes on with, if the gate has just been sent back.
         left = min(planned, self._plan.gate(trainer.global_step + self._plan.delay - self._used))
@@ -256,8 +262,9 @@ class GateSchedule(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Hide the idle parameters: an optimizer skips what has no gradient, its decay and moments included."""
-        for norm in self._norms:
-            for parameter in norm.idle_parameters():
+        idle = Counter(parameter for norm in self._norms for parameter in norm.idle_parameters())
+        for parameter, times in idle.items():
+            if times >= self._owners[parameter]:  # else a module that is not idle has it too, such as a tied norm
                 parameter.grad = None
 
     def on_validation_batch_start(
@@ -282,6 +289,7 @@ class GateSchedule(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let go of the model, and take the announcement back."""
         self._norms = []
+        self._owners.clear()
         forget_plan(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

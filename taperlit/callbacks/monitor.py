@@ -143,12 +143,16 @@ class TaperMonitor(L.Callback):
         if is_uncounted():
             return
         h = first_input(module, args, kwargs)
-        self._seen["taper/pre_logit_rms"].append(h.detach().float().square().mean(-1).sqrt().mean())
+        if h.numel():
+            self._seen["taper/pre_logit_rms"].append(h.detach().float().square().mean(-1).sqrt().mean())
 
     @torch.no_grad()
     def _on_scaled(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not is_uncounted():
-            self._scales[name].append(token_scale(module, first_input(module, args, kwargs).detach()).flatten())
+        if is_uncounted():
+            return
+        h = first_input(module, args, kwargs).detach()
+        if h.numel():  # else it is an expert that gets no token
+            self._scales[name].append(token_scale(module, h).flatten())
 
     @torch.no_grad()
     def _on_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -159,7 +163,8 @@ class TaperMonitor(L.Callback):
                 f"TaperMonitor.logits {self.logits!r} returns a {type(output).__name__}; name the module whose output "
                 "is the logits."
             )
-        self._seen["taper/logit_norm"].append(output.detach().float().norm(dim=-1).mean())
+        if output.numel():
+            self._seen["taper/logit_norm"].append(output.detach().float().norm(dim=-1).mean())
 
     def _stop_listening(self) -> None:
         while self._hooks:

@@ -232,11 +232,16 @@ class TailPenalty(L.Callback):
         return self.random_every is not None and trainer.global_step % self.random_every == 0
 
     def _take(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """The penalty of the pass, the mean over the modules that ran; and their sums of ``s`` and 1, (n, 2)."""
+        """The penalty of the pass, the mean over the modules that ran; and their sums of ``s`` and 1, (n, 2).
+
+        It is None where none ran, and 0 where they ran on no token.
+        """
         none = torch.zeros(2, device=device)
         watches = self._watches()
         ran = [(w.penalty, w.means) for w in watches if w.penalty is not None and w.means is not None]
         terms = [penalty / means[1] for penalty, means in ran]  # over the calls
+        if not terms and any(watch.empty for watch in watches):
+            terms = [none[0]]
         sums = torch.stack([none if watch.means is None else watch.means for watch in watches])
         self._begin()
         return torch.stack(terms).mean() if terms else None, sums
@@ -327,6 +332,7 @@ class Watch:
         penalty: the sum over the calls of the pass under way of the mean over tokens, 0-d, or None.
         means: likewise of the mean of ``s``, and of 1, (2,), or None.
         always: penalize outside of training mode too.
+        empty: it was called without any token, which counts for nothing else.
     """
 
     target: Tensor
@@ -334,10 +340,12 @@ class Watch:
     penalty: Tensor | None = None
     means: Tensor | None = None
     always: bool = False
+    empty: bool = False
 
     def clear(self) -> None:
         """Begin a pass."""
         self.penalty = self.means = None
+        self.empty = False
 
 
 def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -345,7 +353,11 @@ def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     watch = getattr(module, "tail_watch", None)  # what folding leaves in a norm's place has its hooks and no watch
     if watch is None or not torch.is_grad_enabled() or not (module.training or watch.always):
         return
-    s = token_scale(module, first_input(module, args, kwargs))
+    h = first_input(module, args, kwargs)
+    if h.numel() == 0:  # an expert that gets no token
+        watch.empty = True
+        return
+    s = token_scale(module, h)
     penalty = (s / watch.target - watch.multiple).relu().square().mean()
     mean = s.detach().mean()
     means = torch.stack((mean, torch.ones_like(mean)))

@@ -104,6 +104,14 @@ def test_a_run_that_began_without_it_is_refused(tmp_path):
             fit(tmp_path, Sequences(), *callbacks(), ckpt_path=tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_new_run_after_one_without_it_is_not(tmp_path, turn):
+    model, others = Sequences(), Sums("energy", slice(1, None))
+    fit(tmp_path, model, *callbacks()[:2], Stop(2))
+    fit(tmp_path, model, *callbacks()[::turn], others)
+    assert scalars(model) == pytest.approx(others.scalars(0.3, [[k] for k in range(4)]), rel=1e-5)
+
+
 def test_a_run_that_began_with_it_needs_it_until_the_share_is_gone(tmp_path):
     for stop in (5, 11):
         fit(tmp_path, Sequences(), *callbacks(), Stop(stop)).save_checkpoint(tmp_path / f"{stop}.ckpt")

@@ -67,6 +67,21 @@ def test_a_second_run_of_the_same_weights_measures_anew(tmp_path):
     assert scalars(twin) == pytest.approx(moments.scalars(0.5, [[0], [1], [2]]), rel=1e-5)
 
 
+@pytest.mark.parametrize("weight", ["energy", "token"])
+def test_a_run_that_stopped_in_its_warm_up_leaves_no_averages(tmp_path, weight):
+    class Scaled(Toy):
+        scale = 30.0
+
+        def loss(self, x):
+            return super().loss(x * self.scale)
+
+    model, moments = Scaled(), Moments()
+    fit(tmp_path, model, GateSchedule(6, 9), AlignmentFreeze(ema_rate=0.3, fit=weight), Stop(4))
+    model.scale = 1.0
+    fit(tmp_path, model, GateSchedule(6, 9), AlignmentFreeze(ema_rate=0.3), moments)
+    assert scalars(model) == pytest.approx(moments.scalars(0.3, [[k] for k in range(6)]), rel=1e-5)
+
+
 def test_the_anchor_takes_each_models_own_kind(tmp_path):
     anchor = ScaleAnchor("layers.1.norm", at=3)
     targets = []

@@ -6,7 +6,7 @@ import torch
 from toy import Moments, Stop, Toy, fit, same, scalars, state_of
 
 from taperlit import AlignmentFreeze, FoldOnEnd, GateSchedule, ScaleAnchor, TaperMonitor
-from taperlit.callbacks import FiniteGuard, RngState
+from taperlit.callbacks import FiniteGuard, RngState, TailPenalty
 from taperlit.errors import TaperlitError
 from taperlit.norm import shared_gate, tapered_norms
 
@@ -83,6 +83,69 @@ def test_the_guard_looks_before_a_step_whose_last_micro_batch_has_no_loss(tmp_pa
     fit(tmp_path, model := Bad({5, 11}), guard, accumulate_grad_batches=2)
     assert guard.skipped == 1
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+class PoisonedEarly(Toy):
+    """Every step's last micro-batch has no loss, and the third step's first one a bad one, of a wild batch."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 2:
+            return None
+        bad = batch_idx == 4
+        return super().training_step(batch * (20.0 if bad else 1.0), batch_idx) * (float("nan") if bad else 1.0)
+
+
+class PoisonedByHand(Toy):
+    """The same with manual optimization: two batches per step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        else:
+            bad = batch_idx == 4
+            loss = super().training_step(batch * (20.0 if bad else 1.0), batch_idx)
+            self.manual_backward(loss * (float("nan") if bad else 1.0))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+@pytest.mark.parametrize("manual", [True, False])
+def test_what_the_guard_skips_counts_for_nobody_wherever_it_stands(tmp_path, manual, turn):
+    model, moments, guard = (PoisonedByHand if manual else PoisonedEarly)(), Moments(), FiniteGuard(skip=True)
+    counting = [AlignmentFreeze(ema_rate=0.3)]
+    if not manual:
+        counting += [ScaleAnchor("head", ema_rate=0.3), TailPenalty(model="", ema_rate=0.3)]
+    run = [GateSchedule(5, 9), *counting, guard][::turn]
+    options = {} if manual else {"accumulate_grad_batches": 2}
+    stood = fit(tmp_path, model, *run, moments, **options).callbacks
+    assert guard.skipped == 1
+    kept = [[0], [2], [6], [8]]
+    assert scalars(model) == pytest.approx(moments.scalars(0.3, kept), rel=1e-5)
+    if not manual:
+        assert counting[1].target.item() == pytest.approx(moments.target(0.3, kept), rel=1e-5)
+        assert all(ema[1] == pytest.approx(1 - 0.7**11) for ema in counting[2]._ema)  # 12 steps but for that one
+    assert [callback for callback in stood if callback is not guard][:-1] == [c for c in run if c is not guard]
+
+
+def test_the_guard_still_looks_after_those_who_mend(tmp_path):
+    class Mend(L.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            for parameter in pl_module.parameters():
+                parameter.grad.nan_to_num_(0, 0, 0)
+
+    class Bad(Toy):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.head.weight.register_hook(lambda grad: grad * float("inf")) if batch_idx == 2 else None
+            return loss
+
+    guard = FiniteGuard(skip=True)
+    fit(tmp_path, Bad(), Mend(), GateSchedule(4, 8), AlignmentFreeze(), guard)
+    assert guard.skipped == 0
 
 
 def test_lbfgs_counts_a_step_once(tmp_path):
