@@ -27,6 +27,7 @@ def fit_args(folder, corpus, *extra: str, name: str = "run") -> list[str]:
     """A small run of 24 steps through all phases: warm-up to 8, taper to 16; validation, and a checkpoint, every 4."""
     return [
         "fit", "--config", str(CONFIGS / "pile_350m.yaml"), "--data.files", f"{corpus}/*.py",
+        "--model.overrides=null",  # nothing of the config's shape
         "--model.overrides", "{vocab_size: 300, block_size: 32, n_layer: 2, n_head: 2, d_model: 32, d_ff: 64}",
         "--model.compile=false", "--data.tokenizer=null", "--data.vocab_size=300", "--data.block_size=32",
         "--data.batch_size=4", "--data.val_fraction=0.03", "--data.num_workers=0", "--trainer.max_steps=24",

@@ -12,23 +12,24 @@ FIELDS = ("model", "overrides")  # a mapping that the parser takes for one value
 
 
 def keep_fields(args: Sequence[str]) -> list[str]:
-    """The same arguments where a ``--config`` changes single fields of ``model.overrides``, as of all other options.
+    """The same arguments where a mapping changes single fields of ``model.overrides``, as of all other options.
 
-    The parser would have it replace the mapping whole. So the fields that were given before, and that the file does not
-    name, are given again after it.
+    The parser would have it, in a ``--config`` or as an option, replace what was given before whole. So the fields that
+    it does not name are given again after it.
 
     Args:
         args: the command's arguments.
     """
     kept: list[str] = []
     fields: dict[str, Any] = {}
-    for taken, name, leaves in walk(args):
+    for taken, _, leaves in walk(args):
         kept += taken
-        mine = {path[2]: value for path, value in leaves.items() if path[:2] == FIELDS and len(path) > 2}
+        mine = _nested({path[2:]: value for path, value in leaves.items() if path[:2] == FIELDS and len(path) > 2})
         if FIELDS in leaves:  # null, or no mapping
             fields = {}
-        elif name is not None and mine:
-            kept += [f"--{'.'.join(FIELDS)}.{key}={_written(fields[key])}" for key in fields.keys() - mine.keys()]
+        elif mine:
+            before = {key: value for key, value in fields.items() if key not in mine}
+            kept += [f"--{'.'.join(FIELDS)}.{key}={_written(value)}" for key, value in before.items()]
         fields |= mine
     return kept
 
@@ -116,3 +117,14 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Leaves:
     for key, one in value.items():
         found |= _leaves(one, path if key == "init_args" else (*path, str(key)))
     return found
+
+
+def _nested(leaves: Leaves) -> dict[str, Any]:
+    """The nested mappings that have these values."""
+    whole: dict[str, Any] = {}
+    for (*within, last), value in leaves.items():
+        place = whole
+        for key in within:
+            place = place.setdefault(key, {})
+        place[last] = value
+    return whole

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -90,6 +90,8 @@ SLOTS = {
     "guard": Slot("stops at, or skips, a step that is not finite", FiniteGuard, {}),
     "tails": Slot("reports the tails of the token losses when a model is evaluated", LossTails, {}),
 }
+_AVERAGING = ("alignment", "anchor")  # the slots that taper.ema_rate is for
+_NEEDED = {"gate": ("gate", "alignment", "fold"), "fakeln": ("fakeln", "fold")}  # what moves a taper, and its company
 
 
 class Always(NamedTuple):
@@ -131,7 +133,8 @@ def add_slots(parser: LightningArgumentParser) -> None:
         "--taper.ema_rate",
         type=float | None,
         default=None,
-        help="of the moving averages of taper.alignment and taper.anchor, where these keep their own default",
+        help="of the moving averages of taper.alignment and taper.anchor; of this and a slot's own ema_rate the one "
+        "that is given last counts, in one file the slot's own",
     )
 
 
@@ -200,39 +203,62 @@ def _slots(args: Sequence[str]) -> Iterator[_Slots]:
         yield _Slots(taken, file, filled, off)
 
 
-def settle(config: Namespace, command: str) -> dict[str, Any]:
+def own_rates(args: Sequence[str]) -> set[str]:
+    """The slots that keep their own ``ema_rate``: it is given after ``taper.ema_rate``, or in the same file.
+
+    Values cannot tell, since a run's own config has both.
+
+    Args:
+        args: the command's arguments.
+    """
+    own: set[str] = set()
+    for _, _, leaves in walk(args):
+        if ("taper", "ema_rate") in leaves:
+            own.clear()
+        for name in _AVERAGING:
+            if ("taper", name, "ema_rate") in leaves:
+                own.add(name)
+            elif ("taper", name) in leaves:  # true, false or null: what it had is gone
+                own.discard(name)
+    return own
+
+
+def settle(config: Namespace, command: str, own: Collection[str]) -> dict[str, Any]:
     """Decide which callbacks run.
 
     Args:
         config: the parsed options of one command; left as it is.
         command: its name.
+        own: see :func:`own_rates`.
 
     Returns:
-        The options ``taper`` and ``trainer`` to put over the config's. With them the config lists every callback that
-        runs, once, and is settled: the same callbacks run when it is given again.
+        The options ``taper`` and ``trainer`` to put in place of the config's. With them the config lists every callback
+        that runs, once, and is settled: the same callbacks run when it is given again. A slot that ``model.taper``
+        alone keeps off is not among them: null would keep it off when the config is given again with another taper.
 
     Raises:
-        TaperlitError: norms would be tapered and nothing would move their gate.
+        TaperlitError: norms would be tapered and nothing would move their gate, or freeze their denominators.
     """
     listed = _listed(config.trainer)
     kinds = [class_of(callback) for callback in listed]
     taper: dict[str, Any] = {}
     for name, slot in SLOTS.items():
         spec = _spec(config.taper[name], slot)
-        off = config.model.taper not in slot.tapers
-        taper[name] = None if off or spec is None or _has(kinds, class_of(spec)) else spec
-    if (
-        command == "fit"
-        and config.model.taper in SLOTS["gate"].tapers
-        and taper["gate"] is None
-        and not _has(kinds, SLOTS["gate"].kind)
-    ):
-        raise TaperlitError(
-            f"model.taper is {config.model.taper} and taper.gate is off, so that nothing would move the gate: give "
-            "--taper.gate=true --taper.alignment=true --taper.fold=true, or --model.taper=none."
-        )
-    for name in ("alignment", "anchor"):
-        _share_rate(config.taper.ema_rate, taper[name])
+        if spec is None or _has(kinds, class_of(spec)):
+            taper[name] = None
+        elif config.model.taper in slot.tapers:
+            taper[name] = spec
+    for name, needed in _NEEDED.items():
+        slot = SLOTS[name]
+        runs = taper.get(name) is not None or _has(kinds, slot.kind)
+        if command == "fit" and config.model.taper in slot.tapers and not runs:
+            raise TaperlitError(
+                f"model.taper is {config.model.taper} and taper.{name} is off, so that nothing {slot.purpose}: give "
+                f"{' '.join(f'--taper.{one}=true' for one in needed)}, or --model.taper=none."
+            )
+    for name in _AVERAGING:
+        if name not in own:
+            _share_rate(config.taper.ema_rate, taper.get(name))
     for kind, default, switch, only in ALWAYS:
         wanted = (switch is None or config.trainer[switch] is not False) and only in (None, command)
         if not wanted:
@@ -273,9 +299,5 @@ def _has(kinds: Iterable[type[Callback]], kind: type[Callback]) -> bool:
 
 
 def _share_rate(rate: float | None, spec: Spec | None) -> None:
-    if rate is None or spec is None:
-        return
-    parameter = inspect.signature(class_of(spec)).parameters.get("ema_rate")
-    given = spec.setdefault("init_args", {})
-    if parameter is not None and given.get("ema_rate", parameter.default) == parameter.default:
-        given["ema_rate"] = rate
+    if rate is not None and spec is not None and "ema_rate" in inspect.signature(class_of(spec)).parameters:
+        spec.setdefault("init_args", {})["ema_rate"] = rate

@@ -28,7 +28,7 @@ from taperlit.cli.overlays import keep_fields, without_effect
 from taperlit.cli.quiet import quiet
 from taperlit.cli.resume import KEYWORDS, check, find_last, look_into
 from taperlit.cli.signals import ToldToStop, how
-from taperlit.cli.slots import SLOTS, add_slots, settle, stays_off, turn_on
+from taperlit.cli.slots import SLOTS, add_slots, own_rates, settle, stays_off, turn_on
 from taperlit.cli.trainer_options import check_options
 from taperlit.data import TextDataModule
 from taperlit.errors import TaperlitError, Terminated
@@ -68,8 +68,9 @@ class RunRecord(SaveConfigCallback):
 
 
 def plain_options(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
-    """A command's options as plain data: what its YAML would be read as."""
-    return yaml.safe_load(parser.dump(config, skip_none=False))
+    """A command's options as plain data: what its YAML would be read as, and None for slots that it leaves out."""
+    options = yaml.safe_load(parser.dump(config, skip_none=False))
+    return {**options, "taper": dict.fromkeys(SLOTS) | options["taper"]}
 
 
 class TaperlitCLI(CLI):
@@ -108,17 +109,19 @@ class TaperlitCLI(CLI):
             options.weights_only = True  # nothing in a checkpoint of ours needs code to be read
         if command == "predict" and options.return_predictions is None:
             options.return_predictions = False
-        settled = settle(options, command)
+        settled = settle(options, command, own_rates(sys.argv[1:]))
         for slot in SLOTS:
             options.taper[slot] = None  # a value that is there would be merged with the settled one
         options.trainer.callbacks = None
         self.config = self.parser.parse_object({command: settled}, self.config)
+        for slot in SLOTS.keys() - settled["taper"].keys():
+            del self.config[command].taper[slot]
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer with the callbacks of the slots, and find the checkpoint that the command is to use."""
         command, options = str(self.subcommand), self.config_init[self.subcommand]
         config = options.trainer
-        slots = [options.taper[slot] for slot in SLOTS]
+        slots = [options.taper.get(slot) for slot in SLOTS]
         config.callbacks = [*config.callbacks, *(callback for callback in slots if callback is not None)]
         config.enable_model_summary = False  # it is among the callbacks, if it is wanted
         root = config.default_root_dir or os.getcwd()

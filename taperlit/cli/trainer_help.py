@@ -42,7 +42,7 @@ GROUPS = {
     ),
     "model": (
         Option("model.preset", "NAME", "a shape: small_1m, small_9m, gpt2_124m, llama_350m, ..."),
-        Option("model.overrides", "YAML", "fields of the shape to change: '{d_model: 128, n_layer: 4}'"),
+        Option("model.overrides", "YAML", "fields of the shape: '{d_model: 128, n_layer: 4}'; null clears them"),
         Option("model.pretrained", "NAME", "a model of the hub, a folder or a .gguf file in place of a preset"),
         Option("model.lr", "0.0006", "peak learning rate", "fit"),
         Option("model.weight_decay", "0.1", "of AdamW", "fit"),

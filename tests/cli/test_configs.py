@@ -55,7 +55,7 @@ def plain(run):
 
 def slots(config):
     """The slots whose callbacks run."""
-    return {name for name in SLOTS if config.taper[name] is not None}
+    return {name for name in SLOTS if config.taper.get(name) is not None}
 
 
 def listed(config):
@@ -111,15 +111,16 @@ def check_the_papers(config, before):
     """The paper's own settings are one overlay, over any run and any other overlay."""
     assert slots(config) == slots(before)
     assert config.model.taper == before.model.taper
-    assert before.taper.anchor is None or before.taper.anchor.init_args.fade == 0.5
+    assert "anchor" not in slots(before) or before.taper.anchor.init_args.fade == 0.5
     assert {**(before.model.overrides or {}), "embed_norm": False, "init": "gpt2"} == config.model.overrides
     assert (config.model.taper_bias, config.model.decay_start) == (False, 0)
     if "gate" in slots(config):
         gate, alignment = config.taper.gate.init_args, config.taper.alignment.init_args
         assert (gate.warmup, gate.end, gate.shape) == (0.05, 0.5, "cosine")
         assert (alignment.ema_rate, alignment.fit) == (0.01, "energy")
-    if (anchor := config.taper.anchor) is not None:
-        assert (anchor.init_args.weight, anchor.init_args.ema_rate, anchor.init_args.fade) == (0.1, 0.01, None)
+    if "anchor" in slots(config):
+        anchor = config.taper.anchor.init_args
+        assert (anchor.weight, anchor.ema_rate, anchor.fade) == (0.1, 0.01, None)
 
 
 FINETUNES = sorted(f"finetune/{path.name}" for path in (CONFIGS / "finetune").glob("*.yaml"))
@@ -175,7 +176,7 @@ def test_the_anchor_is_the_other_dial():
     own = "{class_path: taperlit.ScaleAnchor, init_args: {module: model.head, weight: 0.3}}"
     assert quickstart("--taper.anchor", own).taper.anchor.init_args.module == "model.head"
     assert quickstart("--taper.anchor=true").taper.anchor == quickstart().taper.anchor
-    assert quickstart("--taper.anchor=true", "--model.taper=none").taper.anchor is None
+    assert "anchor" not in slots(quickstart("--taper.anchor=true", "--model.taper=none"))
     with_overlay = quickstart("--config", str(CONFIGS / "taper/all_aux.yaml"), "--taper.anchor.weight=0.3")
     assert with_overlay.taper.anchor.init_args.weight == 0.3
 
@@ -238,15 +239,29 @@ def test_an_option_that_a_slots_callback_does_not_have_is_refused(capsys):
     assert "'bogus' is not accepted" in capsys.readouterr().err
 
 
-def test_one_rate_for_both_averages_unless_a_slot_has_its_own():
-    def rates(*args):
-        taper = parse("--model.preset=small_1m", "--model.taper=all", *args).taper
-        return taper.alignment.init_args.ema_rate, taper.anchor.init_args.ema_rate
+@pytest.mark.parametrize(
+    ("args", "rates"),
+    [
+        (["--taper.ema_rate=0.2"], (0.2, 0.2)),
+        (["--taper.ema_rate=0.2", "--taper.anchor.ema_rate=0.3"], (0.2, 0.3)),
+        (["--taper.anchor.ema_rate=0.3", "--taper.ema_rate=0.2"], (0.2, 0.2)),
+        (["--taper.alignment.ema_rate=0.01"], (0.01, 0.05)),  # also one's default
+        (["--taper.anchor.ema_rate=0.3", "--taper.anchor=true"], (0.05, 0.05)),
+        ([f"--config={CONFIGS / 'taper/paper.yaml'}"], (0.01, 0.01)),
+    ],
+)
+def test_of_the_rate_for_both_averages_and_a_slots_own_the_last_one_counts(tmp_path, args, rates):
+    for config in (str(CONFIGS / "quickstart.yaml"), saved(tmp_path, plain("quickstart.yaml"))):
+        taper = parse("--config", config, *args).taper
+        assert (taper.alignment.init_args.ema_rate, taper.anchor.init_args.ema_rate) == rates
 
-    assert rates() == (0.01, 0.01)
-    assert rates("--taper.ema_rate=0.2") == (0.2, 0.2)
-    assert rates("--taper.ema_rate=0.2", "--taper.anchor.ema_rate=0.3") == (0.2, 0.3)
-    assert rates("--taper.anchor.ema_rate=0.3") == (0.01, 0.3)
+
+def test_in_one_file_a_slots_own_rate_counts(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("taper: {anchor: {init_args: {ema_rate: 0.01}}, ema_rate: 0.2}")
+    taper = quickstart("--taper.alignment.ema_rate=0.3", "--config", str(overlay)).taper
+    assert (taper.alignment.init_args.ema_rate, taper.anchor.init_args.ema_rate) == (0.2, 0.01)
+    assert quickstart("--taper.ema_rate=null").taper.anchor.init_args.ema_rate == 0.01
 
 
 def test_a_gate_that_nothing_would_move_is_refused():
@@ -258,6 +273,13 @@ def test_a_gate_that_nothing_would_move_is_refused():
     assert slots(quickstart(*off, *on)) == running("internal", True)  # as it advises
     for dial in ("none", "fakeln", "dyt", "derf"):  # these have no gate to move
         assert "gate" not in slots(quickstart("--taper.gate=false", f"--model.taper={dial}"))
+
+
+def test_a_schedule_of_fakeln_that_is_off_is_refused():
+    with pytest.raises(TaperlitError, match=r"taper\.fakeln is off.*--taper\.fakeln=true --taper\.fold=true"):
+        quickstart("--taper.fakeln=null", "--model.taper=fakeln")
+    own = "{class_path: taperlit.FakeLNSchedule, init_args: {start: 7}}"
+    assert slots(quickstart("--model.taper=fakeln", "--trainer.callbacks+", own)) == {*ALWAYS, "fold"}
 
 
 def test_nothing_runs_twice():
@@ -273,11 +295,19 @@ def test_nothing_runs_twice():
     )
 
 
+def saved(folder, config):
+    """The file that a run of this config leaves."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in config.as_dict().items() if k != "config"}))
+    return str(path)
+
+
 @pytest.mark.parametrize(
     "args",
     [
         [],
         ["--model.taper=none"],
+        ["--model.taper=fakeln"],
         ["--model.taper=all", "--taper.anchor=false"],
         ["--taper.fold=null", "--taper.gate.warmup=3", "--trainer.enable_progress_bar=false"],
         ["--trainer.callbacks+", "{class_path: taperlit.GateSchedule, init_args: {warmup: 7}}"],
@@ -285,14 +315,40 @@ def test_nothing_runs_twice():
 )
 def test_a_settled_config_is_settled(tmp_path, args):
     first = quickstart(*args)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in first.as_dict().items() if k != "config"}))
-    again = parse("--config", str(tmp_path / "config.yaml"))
+    config = saved(tmp_path, first)
+    again = parse("--config", config)
     assert again.taper == first.taper
     assert again.trainer == first.trainer
     # an option that turns a callback off still does, and the dial still turns
-    off = parse("--config", str(tmp_path / "config.yaml"), "--trainer.enable_progress_bar=false", "--model.taper=none")
+    off = parse("--config", config, "--trainer.enable_progress_bar=false", "--model.taper=none")
     assert "StepProgressBar" not in listed(off)
     assert not slots(off) & (TAPERING | {"anchor"})
+
+
+@pytest.mark.parametrize(
+    ("dial", "other"),
+    [
+        ("none", "--config={}/all_aux.yaml"),
+        ("none", "--model.taper=internal"),
+        ("internal", "--config={}/fakeln.yaml"),
+        ("fakeln", "--model.taper=attention"),
+        ("dyt", "--config={}/internal.yaml"),
+    ],
+)
+def test_a_saved_config_with_another_dial_is_the_run_with_that_dial(tmp_path, dial, other):
+    other = other.format(CONFIGS / "taper")
+    first = quickstart(f"--model.taper={dial}")
+    assert slots(first) == first.taper.as_dict().keys() & {name for name, slot in SLOTS.items() if slot.on}
+    again = parse("--config", saved(tmp_path, first), other)
+    assert "gate" in slots(again) or "fakeln" in slots(again)
+    assert again.taper == quickstart(other).taper
+
+
+def test_what_was_turned_off_stays_off_with_another_dial(tmp_path):
+    config = saved(tmp_path, quickstart("--model.taper=none", "--taper.anchor=null", "--taper.fakeln=false"))
+    assert slots(parse("--config", config, "--model.taper=all")) == running("all", False)
+    with pytest.raises(TaperlitError, match=r"taper\.fakeln is off"):
+        parse("--config", config, "--model.taper=fakeln")
 
 
 def test_predict_has_a_writer():

@@ -1,5 +1,6 @@
 """An overlay that loses to what comes later is said."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,8 @@ def test_what_adds_up_takes_nothing_back(tmp_path):
 
 
 def shape(tmp_path, *args):
-    """The model's shape that a command with these options would build; texts with a colon are files."""
-    files = [arg for arg in args if ":" in arg]
+    """The model's shape that a command with these options would build; texts of a model are files."""
+    files = [arg for arg in args if arg.startswith("model:")]
     for i, text in enumerate(files):
         (tmp_path / f"{i}.yaml").write_text(text)
     given = [f"--config={tmp_path / f'{files.index(arg)}.yaml'}" if arg in files else arg for arg in args]
@@ -67,6 +68,9 @@ def shape(tmp_path, *args):
 
 
 SIZES = "model: {preset: small_1m, overrides: {d_model: 32, d_ff: 48, bias: true}}"
+GLU = {"d_model": 32, "bias": True, "mlp": "glu"}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+SCALED = f"model: {{preset: small_1m, overrides: {{rope_scaling: {json.dumps(SCALING)}}}}}"
 
 
 @pytest.mark.parametrize(
@@ -81,11 +85,16 @@ SIZES = "model: {preset: small_1m, overrides: {d_model: 32, d_ff: 48, bias: true
             {"d_model": 32, "d_ff": 48, "bias": True, "init": "fan_in", "mlp": "glu", "rope_scaling": None},
         ),
         ([SIZES, "--model.overrides.d_ff=64"], {"d_model": 32, "d_ff": 64, "bias": True}),
+        ([SIZES, "--model.overrides={d_ff: 64}"], {"d_model": 32, "d_ff": 64, "bias": True}),
+        ([SIZES, "--model.overrides", "{d_ff: 64, mlp: glu}", "model: {overrides: {d_ff: 96}}"], GLU | {"d_ff": 96}),
+        ([SIZES, "--model.overrides=null", "--model.overrides={d_ff: 64}"], {"d_ff": 64}),
+        ([SCALED, "model: {overrides: {mlp: glu}}"], {"rope_scaling": SCALING, "mlp": "glu"}),
+        ([SCALED, "--model.overrides={mlp: glu}"], {"rope_scaling": SCALING, "mlp": "glu"}),
         ([SIZES, "model: {overrides: null}"], None),
         ([SIZES, "model: {overrides: null}", "model: {overrides: {mlp: glu}}"], {"mlp": "glu"}),
         ([SIZES, "--model.overrides=null", "model: {overrides: {mlp: glu}}"], {"mlp": "glu"}),
         ([SIZES, "model: {lr: 1.0e-3}"], {"d_model": 32, "d_ff": 48, "bias": True}),
     ],
 )
-def test_an_overlay_changes_single_fields_of_the_shape(tmp_path, args, expected):
+def test_an_overlay_or_an_option_changes_single_fields_of_the_shape(tmp_path, args, expected):
     assert shape(tmp_path, *args) == expected

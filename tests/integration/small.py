@@ -7,6 +7,7 @@ from taperlit.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
+    "--model.overrides=null",  # nothing of the config's shape
     "--model.overrides", "{vocab_size: 300, block_size: 32, n_layer: 2, n_head: 2, d_model: 32, d_ff: 64}",
     "--model.compile=false", "--data.tokenizer=null", "--data.vocab_size=300", "--data.block_size=32",
     "--data.batch_size=4", "--data.val_fraction=0.05", "--data.num_workers=0",
