@@ -33,7 +33,8 @@ def command(folder: Path, name: str, precision: str, options: list[str]) -> list
     """A ``taperlit fit`` of 50 steps through all phases."""
     return [
         sys.executable, "-W", "ignore", "-m", "taperlit", "fit", "--config", str(CONFIG), "--data.files",
-        f"{folder}/corpus/*.py", "--model.overrides", SHAPE, "--model.compile=false", "--data.tokenizer=null",
+        f"{folder}/corpus/*.py", "--model.overrides=null", "--model.overrides", SHAPE,
+        "--model.compile=false", "--data.tokenizer=null",
         "--data.vocab_size=384", "--data.block_size=128", f"--data.batch_size={BATCH}", "--data.val_fraction=0.1",
         "--data.num_workers=0", f"--data.cache_dir={folder}/cache", "--trainer.max_steps=50",
         "--trainer.accumulate_grad_batches=1", f"--trainer.precision={precision}", "--trainer.val_check_interval=10",
