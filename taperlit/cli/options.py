@@ -18,7 +18,11 @@ jsonargparse would read "[x]" as a list and "null" as nothing."""
 
 
 class OneLineErrors:
-    """Mixed into a parser: a wrong option is told in one line, with exit status 2."""
+    """Mixed into a parser: a wrong option, or one that is not written out, is told in one line, with exit status 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What looks at the arguments as they were given (overlays.walk) would not know an abbreviated option.
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[call-arg]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message in one line and exit."""

@@ -57,7 +57,10 @@ def test_what_the_user_can_mend_is_one_line(args, words, capsys):
     assert words in error
 
 
-@pytest.mark.parametrize("args", [["decode", "--batch", "many"], ["train", "--speed", "1"], ["fold", "--png", "x"]])
+@pytest.mark.parametrize(
+    "args",
+    [["decode", "--batch", "many"], ["train", "--speed", "1"], ["train", "--rou", "1"], ["fold", "--png", "x"]],
+)
 def test_a_wrong_option_is_one_line(args, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["bench", *args])

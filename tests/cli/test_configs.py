@@ -239,6 +239,13 @@ def test_an_option_that_a_slots_callback_does_not_have_is_refused(capsys):
     assert "'bogus' is not accepted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--taper.ema_r=0.2", "--taper.tai.multiple=4", "--trainer.max_step=4"])
+def test_an_abbreviated_option_is_refused(capsys, option):
+    with pytest.raises(SystemExit):
+        quickstart(option)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "rates"),
     [
