@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
+from packaging.requirements import Requirement
 
 import taperlit
 
@@ -198,3 +200,15 @@ def test_lightnings_private_parts_are_touched_in_one_file():
     outer = [name for name in FILES if name not in {*INNER, COMPAT}]
     assert [use for name in outer for use in private_uses(name)] == []
     assert [use for name in outer for use in private_overrides(name) if name.count(".") > 1] == []
+
+
+def test_the_test_extra_has_what_the_others_have():
+    needed = {extra: set() for extra in importlib.metadata.metadata("taperlit").get_all("Provides-Extra")}
+    for line in importlib.metadata.requires("taperlit"):
+        requirement = Requirement(line)
+        for extra in needed:
+            if requirement.marker and requirement.marker.evaluate({"extra": extra}):
+                needed[extra].add(f"{requirement.name}{requirement.specifier}")
+    assert len(needed) >= 6
+    assert all(needed.values())
+    assert all(each <= needed["test"] for each in needed.values())  # tools/setup.sh relies on it

@@ -16,7 +16,6 @@ command -v "$python" >/dev/null || fail "there is no $python; install Python 3.1
 free_kib=$(df -Pk "$root" | awk 'NR == 2 {print $4}')
 
 venv=$root/.venv
-stamp=$venv/installed-$extras
 wanted=$(cat "$root/pyproject.toml" "$root/tools/constraints.txt" | cksum)
 if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
     [ "$free_kib" -gt 3000000 ] || fail "$root has $((free_kib / 1024)) MiB free; the installation needs 3 GB"
@@ -24,11 +23,12 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
     rm -rf "$venv"
     "$python" -m venv "$venv" || fail "cannot make $venv"
 fi
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+installed() { [ "$(cat "$venv/installed-$1" 2>/dev/null)" = "$wanted" ]; }
+if ! installed "$extras" && ! installed test; then # test has what the others have
     echo "installing taperlit[$extras] and what it needs"
     # Python compiles what it imports; to compile all of it here takes a minute more, and helps where it may keep nothing.
     compile=${PYTHONDONTWRITEBYTECODE:+--compile}
     "$venv/bin/python" -m pip install -q "${compile:---no-compile}" -c "$root/tools/constraints.txt" -e "$root[$extras]" ||
         fail "the installation failed; pip says why above"
-    echo "$wanted" >"$stamp"
+    echo "$wanted" >"$venv/installed-$extras"
 fi

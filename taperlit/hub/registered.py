@@ -193,7 +193,7 @@ def is_folded(config: Any) -> bool:
 
 def __getattr__(name: str) -> Any:
     """The subclasses by name, so that they can be pickled."""
-    stock: Any = None
+    stock: type[Any] | None = None
     if name.startswith(PREFIX):
         import transformers
 
