@@ -107,16 +107,31 @@ class Absorbed:
         """Write the new values into the parameters; if anything is raised inside, the old ones again, if they are kept.
 
         Without them :meth:`new` has nothing to start from any more.
+
+        Raises:
+            TaperlitError: a parameter's dtype has no numbers so small.
         """
         try:
             for storage in self.old:
-                self._flat(storage).copy_(self.new(storage))
+                self._store(storage)
             yield
         except BaseException:
             for storage, old in self.old.items():
                 if self.keep:
                     self._flat(storage).copy_(old)
             raise
+
+    def _store(self, storage: int) -> None:
+        name, parameter = self.watch.parameters[storage][0]
+        new, stored = self.new(storage), self._flat(storage)
+        stored.copy_(new)
+        size = float(new.norm())
+        lost = float(new.sub_(stored).norm())
+        if lost > torch.finfo(parameter.dtype).eps * size:  # five times what rounding takes: float16 ends at 6e-8
+            raise TaperlitError(
+                f"{name} is too small for {str(parameter.dtype).removeprefix('torch.')} once folded, which would take "
+                f"{lost / size:.1%} of it; fold the model in float32."
+            )
 
     def keep_scale(self, model: nn.Module, name: str, norm: TaperNorm) -> Scale:
         """Put an explicit affine map in a norm's place."""

@@ -216,10 +216,18 @@ class Float64(TorchDispatchMode):
         if is_view(func):
             return func(*args, **kwargs)
         if not func._schema.is_mutable:
+            if _fills(func, args) and kwargs.get("dtype") is None:  # the model's finfo.min may be float64's now
+                kwargs = {**kwargs, "dtype": torch.float64}
             if func is not torch.ops.aten.embedding.default:  # of all that it is given it only copies some
                 args, kwargs = tree_map(_widen, (args, kwargs))
             return tree_map(_widen, func(*args, **kwargs))
         return _write(func, args, kwargs)
+
+
+def _fills(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation makes a tensor of a number, whose dtype is the default's."""
+    full, scalar = torch.ops.aten.full.default, torch.ops.aten.scalar_tensor.default
+    return func in (full, scalar) and isinstance(args[1 if func is full else 0], float)
 
 
 def _widen(value: Any) -> Any:

@@ -6,14 +6,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from taperlit.compare import Run, outputs_of
+from taperlit.compare import Run, in_a_line, outputs_of
 from taperlit.conflicts import resolve
 from taperlit.consumers import Watch
+from taperlit.errors import TaperlitError
 from taperlit.hub.causal_lm import CausalLM
-from taperlit.surgery import taper
+from taperlit.surgery import known_norms, taper
 
 PROBED_BLOCKS = 4
-"""Blocks that are looked at: those of one model are built alike, or in turns of a few kinds."""
+"""Blocks that are looked at, and more where a later one has norms that none of these has."""
 
 
 def other_readers(model: nn.Module, run: Run) -> dict[str, list[str]]:
@@ -27,10 +28,17 @@ def other_readers(model: nn.Module, run: Run) -> dict[str, list[str]]:
         By the norm's name; an empty list is a norm that folds.
 
     Raises:
-        TaperlitError: a norm did not run.
+        TaperlitError: a norm did not run, or the run does not in float64.
     """
     watch = Watch(model)
-    outputs_of(model, partial(watch.returned, run), lambda: [watch.watching()])
+    try:
+        outputs_of(model, partial(watch.returned, run), lambda: [watch.watching()])
+    except TaperlitError:
+        raise
+    except Exception as error:  # whatever a stranger's forward raises
+        raise TaperlitError(
+            f"{type(model).__name__} does not run in float64, where folding is checked ({in_a_line(error)})."
+        ) from error
     readers = {}
     for name, feed in resolve(watch).items():
         shared = [weight for weight, separable in feed.shared.items() if not separable]
@@ -47,8 +55,13 @@ def foldable_norms(model: CausalLM) -> tuple[list[str], dict[str, list[str]]]:
     Returns:
         The names of the norms that fold, and, of the others, the names in a block with what reads them.
     """
-    probe = _first_blocks(model, PROBED_BLOCKS)
     prefix = f"lm.{model.names.blocks}."
+    first: dict[str, int] = {}  # the first block that has a norm of a name
+    for name in known_norms(model):
+        if name.startswith(prefix):
+            block, _, place = name.removeprefix(prefix).partition(".")
+            first[place] = min(int(block), first.get(place, int(block)))
+    probe = _first_blocks(model, max([PROBED_BLOCKS, *(block + 1 for block in first.values())]))
     taper(probe, [f"{prefix}*"])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (1, 8), generator=generator)

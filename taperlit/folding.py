@@ -5,6 +5,7 @@ identity in the RMSNorm kind. Computed in float64, checked in float64, stored in
 """
 
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -335,7 +336,27 @@ def _add_biases(model: nn.Module, watch: Watch, feeds: dict[str, Feeds], structu
             name = f"{prefix}.{leaf}" if prefix else leaf
             holder = submodule(model, name.rpartition(".")[0])
             if hasattr(holder, name.rpartition(".")[2]) and getattr(holder, name.rpartition(".")[2]) is None:
+                _require_no_adapter(model, name)
                 add_bias(model, name, [size])
                 structure["biases"][name] = [size]
                 added = True
     return added
+
+
+def _require_no_adapter(model: nn.Module, name: str) -> None:
+    """Refuse a bias for a map of an adapter: ``peft`` would leave it out when it merges that into its base layer.
+
+    Raises:
+        TaperlitError: names it.
+    """
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parts = name.split(".")
+    for i in range(1, len(parts) - 1):
+        if isinstance(submodule(model, ".".join(parts[:i])), BaseTunerLayer) and parts[i] != "base_layer":
+            raise TaperlitError(
+                f"{name} would hold a norm's bias, which peft loses when it merges the adapter: merge it first "
+                "(merge_and_unload, or taperlit.hub.lora.merge_lora), then fold."
+            )

@@ -262,14 +262,22 @@ def _random_copy(module: nn.Module) -> nn.Module:
     for hooks in [name for name in vars(module) if name.endswith("_hooks")]:
         setattr(probe, hooks, type(getattr(module, hooks))())
     generator = torch.Generator().manual_seed(0)
+
+    def drawn(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64) * 2
+
     probe._parameters = {
-        name: None
-        if p is None
-        else nn.Parameter(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 2, requires_grad=False)
+        name: None if p is None else nn.Parameter(drawn(p), requires_grad=False)
         for name, p in module._parameters.items()
     }
     probe._buffers = {
-        name: None if b is None else torch.zeros_like(b, device="cpu") if b.is_meta else b.detach().cpu()
+        name: None
+        if b is None
+        else drawn(b)  # a gain too, if it is read: FalconMamba has norms that do not
+        if name in ("weight", "bias")
+        else torch.zeros_like(b, device="cpu")
+        if b.is_meta
+        else b.detach().cpu()
         for name, b in module._buffers.items()
     }
     return probe.eval()

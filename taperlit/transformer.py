@@ -499,5 +499,5 @@ class Transformer(nn.Module):
             self.config = replace(self.config, embed_norm=False)
 
     def num_parameters(self) -> int:
-        """Parameters, shared ones once, the taper's second branch not at all: what the model has once folded."""
+        """Parameters, shared ones once, the taper's second branch not at all."""
         return sum(p.numel() for name, p in self.named_parameters() if ".taper_" not in name)

@@ -330,6 +330,36 @@ def test_a_rehearsal_finds_at_the_start_what_folding_would_find_at_the_end():
         rehearse(own, lambda: own(torch.randn(3, 8)))
 
 
+def test_what_float16_cannot_hold_is_refused_by_name():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 64))
+    taper(model)
+    tapered_to_zero(model)
+    with torch.no_grad():
+        model[0].alignment.fill_(1e-3)
+        model[1].weight.mul_(0.02)
+    model.half()
+    x, before = 100 * torch.randn(5, 64), copy.deepcopy(model.state_dict())
+    with pytest.raises(TaperlitError, match=r"1\.weight is too small for float16 .* fold the model in float32"):
+        fold(model, lambda: model(x.half()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    fold(model.float(), lambda: model(x))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float32])
+def test_a_mask_that_is_added_hides_no_difference(half):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 16, dtype=half).double()
+    mask = -1e9 * (torch.arange(16) % 4 == 0).double()
+    for scale in (1.3, 1 + 1e-6):
+        expected = largest_difference(logits[:, mask == 0], scale * logits[:, mask == 0])
+        assert largest_difference(logits + mask, scale * logits + mask) == pytest.approx(expected, rel=0.3)
+    assert largest_difference(logits + mask, logits + 1.01 * mask) == pytest.approx(0.01)
+    few = torch.randn(1000) * 1e6
+    few[0] = 1e-3  # near 0 by chance: what it differs by is the rounding of the others
+    assert largest_difference(few, few + 0.06 * torch.randn(1000)) < 1e-6
+
+
 def test_a_bfloat16_model_is_proved_in_float64():
     torch.manual_seed(0)
     model = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 64), nn.RMSNorm(64), nn.Linear(64, 64)).bfloat16()

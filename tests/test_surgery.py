@@ -257,6 +257,17 @@ def replaced() -> nn.Module:
     return norm
 
 
+class UnreadNorm(nn.Module):
+    """A buffer of ones that forward does not read, as FalconMamba has."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(width))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
 STRANGERS = {
     "batch": (lambda: nn.BatchNorm1d(8), "one token's"),
     "group": (lambda: nn.GroupNorm(2, 8), "one token's"),
@@ -275,6 +286,7 @@ STRANGERS = {
     "first": (lambda: FirstTokenNorm(8), "neither"),
     "dropped": (lambda: DroppedNorm(8), "dropout"),
     "parametrized": (parametrized, "parametrizations"),
+    "unread": (lambda: UnreadNorm(8), "neither"),
 }
 
 

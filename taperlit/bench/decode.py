@@ -358,18 +358,22 @@ def check(
         The (B, n) tokens, in words how they agree, and the bytes of one step, halfway.
 
     Raises:
-        TaperlitError: they differ by more than rounding.
+        TaperlitError: they differ by more than rounding, or the forward pass itself overflows.
     """
     count = min(CHECKED_TOKENS, setting.new_tokens)
     tokens, logits = _greedy(engine, prompts, count)
-    size = engine.bytes_per_step() if isinstance(engine, Engine) else None
+    size = engine.bytes_per_step(setting.prompt + setting.new_tokens // 2) if isinstance(engine, Engine) else None
     plain = _plain(model, prompts, tokens)
     difference = largest_difference(plain, logits)
     same = torch.equal(plain.argmax(-1), tokens.cpu())
     tolerance = FLOAT32_TOLERANCE
     if setting.dtype is not torch.float32:
         coarse = _plain(copy.deepcopy(model).to(setting.dtype), prompts, tokens)
-        tolerance = COARSE * max(largest_difference(plain, coarse), torch.finfo(setting.dtype).eps)
+        own = largest_difference(plain, coarse)
+        if not math.isfinite(own):
+            number_type = str(setting.dtype).removeprefix("torch.")
+            raise TaperlitError(f"{name} ({setting.preset}) overflows in {number_type}; measure another dtype.")
+        tolerance = COARSE * max(own, torch.finfo(setting.dtype).eps)
     if not difference <= tolerance:
         raise TaperlitError(
             f"{name} ({setting.preset}, batch {setting.batch}, prompt {setting.prompt}, {setting.backend}) does not "

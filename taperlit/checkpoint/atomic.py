@@ -12,8 +12,34 @@ from taperlit.errors import TaperlitError
 _own: set[Path] = set()  # what this process may have aside
 
 
+def named(path: str | Path) -> Path:
+    """A path whose last part is a name: as it is, or in full where it ends in "." or "..".
+
+    Raises:
+        TaperlitError: the disk's root, which has none.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):
+        path = path.resolve()
+    if not path.name:
+        raise TaperlitError(f"{path} is the root of all folders; name another.")
+    return path
+
+
+def require_apart(source: Path, target: Path) -> None:
+    """Refuse to replace what is read.
+
+    Raises:
+        TaperlitError: the target is the source, or a folder that holds it.
+    """
+    whole = source.resolve()
+    if target.resolve() in (whole, *whole.parents):
+        raise TaperlitError(f"{target} is or holds {source}, which would be lost; name another --out.")
+
+
 def aside(path: Path, kind: str) -> Path:
     """A hidden name beside a path."""
+    path = named(path)
     return path.with_name(f".{path.name}.{kind}")
 
 
@@ -134,6 +160,7 @@ def write_directory(directory: Path, fill: Callable[[Path], None], force: bool =
     Raises:
         TaperlitError: it exists and ``force`` is not set, or the disk refuses.
     """
+    directory = named(directory)
     recover(directory)
     if directory.exists() and not force:
         raise TaperlitError(f"{directory} exists; name another directory or pass --force.")

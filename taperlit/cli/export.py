@@ -1,8 +1,8 @@
 """``taperlit export``: a model for other programs."""
 
-from pathlib import Path
 from typing import Literal
 
+from taperlit.checkpoint.atomic import named, require_apart
 from taperlit.errors import TaperlitError
 
 
@@ -27,10 +27,11 @@ def export(
         force: replace ``out`` if it exists.
 
     Raises:
-        TaperlitError: an unusable model, outputs that differ from it, or ``out`` exists.
+        TaperlitError: an unusable model, outputs that differ from it, or ``out`` exists, or is or holds the model.
     """
-    path = Path(model)
-    directory = Path(out) if out is not None else path.with_name(f"{path.stem}-{to}")
+    path = named(model)
+    directory = named(out) if out is not None else path.with_name(f"{path.stem}-{to}")
+    require_apart(path, directory)
     if directory.exists() and not force:
         raise TaperlitError(f"{directory} exists; name another --out or pass --force.")
     if results is not None and to != "transformers":

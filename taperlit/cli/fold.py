@@ -1,9 +1,9 @@
 """``taperlit fold``: a checkpoint whose gate is 0 into a model without those norms."""
 
 import math
-from pathlib import Path
 from typing import Literal
 
+from taperlit.checkpoint.atomic import named, require_apart
 from taperlit.errors import TaperlitError
 
 CHECKED_TOKENS = 64  # at most: each is a float64 forward pass, of which one shows a wrong fold as well as many
@@ -25,9 +25,11 @@ def fold_checkpoint(
 
     Raises:
         TaperlitError: an unusable checkpoint, one without tapered norms, a gate that is not 0, a fold that would change
-            the outputs, or ``out`` exists.
+            the outputs, or ``out`` exists, or is or holds the checkpoint.
     """
-    directory = Path(out) if out is not None else Path(ckpt).with_name(f"{Path(ckpt).stem}-folded")
+    path = named(ckpt)
+    directory = named(out) if out is not None else path.with_name(f"{path.stem}-folded")
+    require_apart(path, directory)
     if directory.exists() and not force:
         raise TaperlitError(f"{directory} exists; name another --out or pass --force.")
     # Here, so that the help and a wrong option are told without torch.
@@ -38,7 +40,7 @@ def fold_checkpoint(
     from taperlit.structure import describe, untie
     from taperlit.transformer import Transformer
 
-    loaded = load_checkpoint(ckpt)
+    loaded = load_checkpoint(path)
     model = loaded.model
     refuse_pointwise(model)
     norms = tapered_norms(model)

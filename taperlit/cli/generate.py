@@ -114,6 +114,7 @@ def generate(
     seconds = time.perf_counter() - start
     if out is not None:
         lines = "".join(f"{json.dumps(job.record(), ensure_ascii=False)}\n" for job in jobs)
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_file(Path(out), lambda partial: partial.write_text(lines, encoding="utf-8"))
     if full := [name for name, job in zip(names, jobs, strict=True) if job.ended == "context"]:
         which = "" if len(jobs) == 1 else f" with the texts of {', '.join(full).lower()}"
@@ -130,9 +131,13 @@ def _check_writable(path: Path) -> None:
     """
     if path.exists():
         raise TaperlitError(f"{path} exists; name another --out.")
+    folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        while not folder.exists():
+            folder = folder.parent
+        if not folder.is_dir():
+            raise TaperlitError(f"{path} cannot be written: {folder} is a file.")
     except OSError as error:
         raise TaperlitError(f"{path} cannot be written: {error.strerror or error}.") from error
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(folder, os.W_OK):
         raise TaperlitError(f"{path} cannot be written: its folder is read-only.")

@@ -72,14 +72,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise TaperlitError(f"data.tokenizer: {error.filename or path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise TaperlitError(f"The tokenizer {name!r} cannot be loaded: it is no text in UTF-8; use another.") from error
-    tokenizer = parse_tokenizer(text, repr(name)) if is_there else _loaded(repr(name), Tokenizer.from_pretrained, name)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return parse_tokenizer(text, repr(name)) if is_there else _loaded(repr(name), Tokenizer.from_pretrained, name)
 
 
 def parse_tokenizer(text: str, source: str) -> Tokenizer:
-    """A tokenizer of the text of a ``tokenizer.json``.
+    """A tokenizer of the text of a ``tokenizer.json``. As :func:`load_tokenizer`'s it neither truncates nor pads.
 
     Args:
         text: of the file.
@@ -96,6 +93,8 @@ def _loaded(source: str, load: Callable[[str], Tokenizer], what: str) -> Tokeniz
         tokenizer = load(what)
         if (largest := largest_id(tokenizer)) >= LARGEST["vocab_size"]:  # writing it goes through every number below
             raise ValueError(f"its ids go up to {largest:,}, and no model has more than {LARGEST['vocab_size']:,}")
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -14,7 +14,8 @@ from taperlit.decode.layout import Layouts
 from taperlit.decode.norms import Norm, RmsForm, read_norm
 from taperlit.decode.product import Product, make_product
 from taperlit.errors import TaperlitError
-from taperlit.transformer import MLP_KINDS, Linear, Transformer, TransformerConfig
+from taperlit.norm import call_me
+from taperlit.transformer import MLP, MLP_KINDS, Attention, Linear, Transformer, TransformerConfig
 from taperlit.transformer import Block as TransformerBlock
 
 Attend = Callable[[int, Tensor], Tensor]
@@ -164,10 +165,12 @@ def read_decoder(
         The decoder; embedding and, where the layout allows, head share the model's memory where device and dtype do.
 
     Raises:
-        TaperlitError: it is another class, or a part of it is of a kind that decoding does not know.
+        TaperlitError: it is another class, a part of it is of a kind that decoding does not know, or has a ``forward``
+            of its own or hooks, which decoding would not call.
     """
-    if not isinstance(model, Transformer):
+    if type(model) is not Transformer:
         raise TaperlitError(f"The decoding engine takes taperlit's Transformer, not a {type(model).__name__}.")
+    _require_own_forward(model)
     config, D = model.config, model.config.head_width
     like = torch.empty(1, config.d_model, device=device, dtype=dtype)
     # Interleaves the halves that Llama's layout rotates against each other; values and learned positions stay.
@@ -224,3 +227,23 @@ def read_decoder(
         final_norm=norm("final_norm", model.final_norm),
         head=product("head", {"head": model.head}),
     )
+
+
+def _require_own_forward(model: Transformer) -> None:
+    """Refuse what decoding would not call.
+
+    Raises:
+        TaperlitError: a block or a part of it is of another class, or a module has a ``forward`` of its own or hooks.
+    """
+    for i, block in enumerate(model.blocks):
+        parts = {"": block, ".attn": block.attn, ".mlp": block.mlp}
+        for (name, part), kind in zip(parts.items(), (TransformerBlock, Attention, MLP), strict=True):
+            if type(part) is not kind:
+                raise TaperlitError(
+                    f"blocks.{i}{name} is a {type(part).__name__}, which the decoding engine does not know."
+                )
+    for name, module in model.named_modules():
+        hooks = {*module._forward_pre_hooks.values(), *module._forward_hooks.values()} - {call_me}
+        if hooks or "forward" in vars(module):
+            what = "forward hooks" if hooks else "a forward of its own"
+            raise TaperlitError(f"{name or 'The model'} has {what}, which decoding does not call; remove it.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from taperlit.decode.cache import Cache
 from taperlit.decode.decoder import read_decoder
 from taperlit.decode.graph import captured
 from taperlit.decode.layout import Layouts, fastest_layouts, same_layouts
-from taperlit.decode.loop import Decoding, Prompts
+from taperlit.decode.loop import Decoding
 from taperlit.decode.norms import RmsForm, fastest_rms_form
 from taperlit.decode.product import Layout
 from taperlit.errors import TaperlitError
@@ -31,7 +32,7 @@ class Engine(Decoding):
         texts = engine.generate([[5, 7, 11], [2]], max_new_tokens=20)
 
     Weights are read when the engine is built: q/k/v and gate/up become one product each. When it is built it compares
-    itself with the model's own forward pass on a few tokens.
+    itself with the model's own forward pass on a few tokens. A model that is trained on needs another engine.
 
     Args:
         model: a :class:`taperlit.Transformer`: plain, tapered, or folded.
@@ -90,7 +91,10 @@ class Engine(Decoding):
         if backend == "compile":
             with torch.inference_mode():
                 self._step = captured(self._step_static, torch.zeros_like(self._pad))
+        self._versions: list[tuple[ref[Tensor], int]] = []
         self._check(model)
+        tensors = (*model.parameters(), *model.buffers())
+        self._versions = [(ref(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
 
     @staticmethod
     def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -104,29 +108,18 @@ class Engine(Decoding):
         """What an engine's cache takes, without building one."""
         return Cache.bytes(config, batch_size, length, cls.cache_dtype(device, dtype))
 
-    def bytes_per_step(self) -> int:
-        """Bytes that the next step reads at least: all weights, and the keys and values that it attends to."""
-        slots = self.filled + 1 if self.backend == "eager" else self.cache.slots
+    def bytes_per_step(self, filled: int) -> int:
+        """Bytes that a step after so many tokens reads at least: all weights, and the keys and values it attends to."""
+        slots = filled + 1 if self.backend == "eager" else self.cache.slots
         return sum(t.numel() * t.itemsize for t in self.decoder.tensors()) + self.cache.storage[:, :, :, :slots].nbytes
 
-    @torch.inference_mode()
-    def prefill(self, prompts: Prompts) -> Tensor:
-        """Read one prompt per row, from an empty cache.
-
-        Args:
-            prompts: (B, T) token ids, or B lists of them; shorter ones are padded on the left.
-
-        Returns:
-            (B, vocab_size) logits of the token after each prompt.
-
-        Raises:
-            TaperlitError: not ``batch_size`` prompts, an empty one, one longer than ``length``, or ids that the model
-                does not have.
-        """
-        rows = self.rows_of(prompts)
+    def _read(self, rows: list[list[int]]) -> Tensor:
+        self._require_unchanged()
         T = max(map(len, rows))
         pads = [T - len(row) for row in rows]
-        tokens = torch.tensor([[0] * pad + row for pad, row in zip(pads, rows, strict=True)], device=self.device)
+        # Shorter ones are padded on the left, with what overflows no more than they do: their own first token, which as
+        # the first one sees itself alone too.
+        tokens = torch.tensor([row[:1] * pad + row for pad, row in zip(pads, rows, strict=True)], device=self.device)
         self._pad.copy_(torch.tensor(pads))
         self._slot.fill_(T)
         self._mask = mask = None
@@ -144,26 +137,10 @@ class Engine(Decoding):
         if self.backend == "compile":
             self.cache.storage.zero_()  # static steps read all slots, and a NaN times 0 is NaN
         x = self.decoder.hidden(tokens.flatten(), position.flatten(), self.cache.attend_prompt(T, mask))
-        self.filled = T
         return self.decoder.logits(x.view(self.batch_size, T, -1)[:, -1])
 
-    @torch.inference_mode()
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token per row.
-
-        Args:
-            tokens: (B,) token ids, on the engine's device.
-
-        Returns:
-            (B, vocab_size) logits of the next ones. On a GPU the next step overwrites them.
-
-        Raises:
-            TaperlitError: nothing was prefilled, or the cache is full.
-        """
-        self.check_room()
-        logits = self._step(tokens)
-        self.filled += 1
-        return logits
+    def _append(self, tokens: Tensor) -> Tensor:
+        return self._step(tokens)
 
     def _step_eager(self, tokens: Tensor) -> Tensor:
         slot, mask = self.filled, self._mask
@@ -180,12 +157,22 @@ class Engine(Decoding):
         self._slot.add_(1)
         return self.decoder.logits(x)
 
-    @torch.no_grad()
-    def _check(self, model: Transformer) -> None:
-        """Compare with the model's own forward pass: whatever was put on it that was not read, a hook say, shows here.
+    def _require_unchanged(self) -> None:
+        """Refuse to go on where weights in the model's own memory are new ones, and the copied ones old.
 
         Raises:
-            TaperlitError: they differ by more than the rounding of the dtype.
+            TaperlitError: the model's tensors were written to since the engine was built, as torch counts it.
+        """
+        for reference, version in self._versions:
+            if (tensor := reference()) is not None and tensor._version != version:
+                raise TaperlitError("The model's weights were changed since the engine was built; build another.")
+
+    @torch.no_grad()
+    def _check(self, model: Transformer) -> None:
+        """Compare with the model's own forward pass.
+
+        Raises:
+            TaperlitError: they differ by more than the rounding of the dtype, or it overflows.
         """
         T = min(CHECKED_TOKENS, self.length)
         generator = torch.Generator().manual_seed(0)
@@ -195,10 +182,13 @@ class Engine(Decoding):
         if T > 1:
             got.append(self.step(tokens[:, -1].to(self.device)))
         self.filled = 0
-        difference = largest_difference(torch.stack(got, 1), wanted[:, -len(got) :])
+        logits, wanted = torch.stack(got, 1), wanted[:, -len(got) :]
+        if self.dtype is torch.float16 and wanted.isfinite().all() and not logits.isfinite().all():
+            raise TaperlitError("The model overflows in float16; decode with dtype float32 or bfloat16.")
+        difference = largest_difference(logits, wanted)
         coarser = max(torch.finfo(dtype).eps for dtype in (self.dtype, model.tok_embed.weight.dtype))
         if not difference <= max(FLOAT32_ROUNDING, 12 * coarser):
             raise TaperlitError(
                 f"The decoding engine's logits differ from the model's own by {difference:.2g}: something was put on "
-                "the model that decoding does not read, a forward hook say; remove it."
+                "the model that decoding does not read; remove it."
             )

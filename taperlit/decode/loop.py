@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
+from operator import index
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,6 +41,7 @@ class Decoding(ABC):
         self.batch_size, self.length = batch_size, block_size if length is None else length
         self.block_size, self.vocab_size, self.device = block_size, vocab_size, device
         self.filled = 0
+        self._moves = 0  # prefills and steps so far
         if batch_size < 1:
             raise TaperlitError(f"batch_size must be at least 1, not {batch_size}.")
         if not 1 <= self.length <= block_size:
@@ -46,13 +49,63 @@ class Decoding(ABC):
                 f"A length of {self.length} tokens is outside the model's context; give 1 to {block_size}."
             )
 
-    @abstractmethod
+    @torch.inference_mode()
     def prefill(self, prompts: Prompts) -> Tensor:
-        """Read one prompt per row, from an empty cache; (B, vocab_size) logits of the token after each."""
+        """Read one prompt per row, from an empty cache.
+
+        Args:
+            prompts: (B, T) token ids, or B lists of them, which may differ in length.
+
+        Returns:
+            (B, vocab_size) logits of the token after each prompt.
+
+        Raises:
+            TaperlitError: not ``batch_size`` prompts, an empty one, one longer than ``length``, or ids that the model
+                does not have; or the model's weights were changed since the engine was built.
+        """
+        rows = as_lists(prompts)
+        if len(rows) != self.batch_size:
+            raise TaperlitError(f"The engine was built for {self.batch_size} prompts at a time, not {len(rows)}.")
+        self.check(rows)
+        self._moves += 1
+        logits = self._read(rows)
+        self.filled = max(map(len, rows))
+        return logits
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token per row.
+
+        Args:
+            tokens: (B,) token ids, on the engine's device.
+
+        Returns:
+            (B, vocab_size) logits of the next ones. On a GPU the next step overwrites them.
+
+        Raises:
+            TaperlitError: nothing was prefilled, the cache is full, not one token per row, or, on the CPU, one that the
+                model does not have. A GPU is not waited for to look.
+        """
+        if not self.filled:
+            raise TaperlitError("The engine has read no prompt; call prefill first.")
+        if self.filled == self.length:
+            raise TaperlitError(f"The context of {self.length} tokens is full; the model's is {self.block_size}.")
+        if tokens.shape != (self.batch_size,):
+            raise TaperlitError(f"A step takes {self.batch_size} tokens, one per row, not {list(tokens.shape)}.")
+        if tokens.device.type == "cpu" and not 0 <= min(ids := tokens.tolist()) <= max(ids) < self.vocab_size:
+            raise TaperlitError(f"A step has a token outside of 0 to {self.vocab_size - 1}, the model's.")
+        self._moves += 1
+        logits = self._append(tokens)
+        self.filled += 1
+        return logits
 
     @abstractmethod
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append (B,) tokens, one per row; (B, vocab_size) logits of the next ones."""
+    def _read(self, rows: list[list[int]]) -> Tensor:
+        """What :meth:`prefill` does with prompts that can be read."""
+
+    @abstractmethod
+    def _append(self, tokens: Tensor) -> Tensor:
+        """What :meth:`step` does where there is room."""
 
     def stream(
         self,
@@ -77,7 +130,7 @@ class Decoding(ABC):
 
         Raises:
             TaperlitError: no prompt or too many, an empty one, one longer than ``length``, tokens that the model does
-                not have; or, while it goes on, logits that are not finite.
+                not have; or, while it goes on, logits that are not finite, or another prompt that the engine has read.
         """
         rows = as_lists(prompts)
         if not 1 <= len(rows) <= self.batch_size:
@@ -85,7 +138,7 @@ class Decoding(ABC):
         if max_new_tokens < 1:
             raise TaperlitError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
         self.check(rows)
-        return self._stream(rows, max_new_tokens, sampling, frozenset(stop), seed)
+        return self._stream(rows, max_new_tokens, sampling, frozenset(map(int, stop)), seed)
 
     def generate(
         self,
@@ -98,29 +151,6 @@ class Decoding(ABC):
         """As :meth:`stream`, and the new tokens of each row at the end, without the stop token."""
         blocks = list(self.stream(prompts, max_new_tokens, sampling, stop, seed))
         return [[token for token in row if token >= 0] for row in torch.cat(blocks).t().tolist()]
-
-    def rows_of(self, prompts: Prompts) -> list[list[int]]:
-        """The prompts for :meth:`prefill` as lists.
-
-        Raises:
-            TaperlitError: not one per row, or as :meth:`check`.
-        """
-        rows = as_lists(prompts)
-        if len(rows) != self.batch_size:
-            raise TaperlitError(f"The engine was built for {self.batch_size} prompts at a time, not {len(rows)}.")
-        self.check(rows)
-        return rows
-
-    def check_room(self) -> None:
-        """Refuse a step that cannot be taken.
-
-        Raises:
-            TaperlitError: nothing was prefilled, or the cache is full.
-        """
-        if not self.filled:
-            raise TaperlitError("The engine has read no prompt; call prefill first.")
-        if self.filled == self.length:
-            raise TaperlitError(f"The context of {self.length} tokens is full; the model's is {self.block_size}.")
 
     def check(self, rows: list[list[int]]) -> None:
         """Refuse prompts that cannot be read.
@@ -151,7 +181,7 @@ class Decoding(ABC):
             seen = torch.zeros(self.batch_size, self.vocab_size, dtype=torch.bool, device=self.device)
             for row, marks in zip(rows, seen, strict=False):
                 marks[row] = True
-        logits = self.prefill(rows + spare * rows[-1:])
+        logits, moves = self.prefill(rows + spare * rows[-1:]), self._moves
         steps = min(max_new_tokens, self.length - max(map(len, rows)) + 1)
         every = 1 if self.device.type == "cpu" else LOOK_EVERY
         ended, drawn = torch.zeros(n_rows, dtype=torch.bool), []
@@ -169,13 +199,26 @@ class Decoding(ABC):
                 tokens = tokens.clamp(min=0)  # -1 says that there is none, and is refused at the next look
                 if seen is not None:
                     seen.scatter_(1, tokens[:, None], True)
-                logits = self.step(tokens)
+                if self._moves != moves:
+                    raise TaperlitError("The engine has read another prompt since; use one engine per stream.")
+                logits, moves = self.step(tokens), self._moves
 
 
 def as_lists(prompts: Prompts) -> list[list[int]]:
-    """Prompts as lists of ints."""
-    rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    return [[int(token) for token in row] for row in rows]
+    """Prompts as lists of ints.
+
+    Raises:
+        TaperlitError: it has another shape, or numbers that are no ids.
+    """
+    if isinstance(prompts, Tensor):
+        if prompts.ndim != 2 or prompts.is_floating_point() or prompts.is_complex():
+            kind = str(prompts.dtype).removeprefix("torch.")
+            raise TaperlitError(f"Prompts are (B, T) token ids, not {kind} of shape {list(prompts.shape)}.")
+        return cast(list[list[int]], prompts.tolist())
+    try:
+        return [[index(token) for token in row] for row in prompts]
+    except TypeError as error:
+        raise TaperlitError("Prompts are lists of token ids, one list for each.") from error
 
 
 def _end(block: Tensor, ended: Tensor, stop: frozenset[int]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taperlit.checkpoint.checksum import checksum, checksum_of
 from taperlit.checkpoint.plain import cannot_be_read, check_fields, check_file, damaged, read_json
-from taperlit.decode.loop import Decoding, Prompts
+from taperlit.decode.loop import Decoding
 from taperlit.decode.onnx_graph import GRAPH, library
 from taperlit.errors import TaperlitError
 
@@ -100,47 +100,20 @@ class OnnxEngine(Decoding):
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.int64)
         self._step = self._bind(self._tokens)
 
-    def prefill(self, prompts: Prompts) -> Tensor:
-        """Read one prompt per row, from an empty cache.
-
-        Args:
-            prompts: (B, T) token ids, or B lists of them; shorter ones are padded on the right.
-
-        Returns:
-            (B, vocab_size) logits of the token after each prompt.
-
-        Raises:
-            TaperlitError: not ``batch_size`` prompts, an empty one, one longer than ``length``, or ids that the model
-                does not have.
-        """
-        rows = self.rows_of(prompts)
+    def _read(self, rows: list[list[int]]) -> Tensor:
         lengths = [len(row) for row in rows]
         T = max(lengths)
-        tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])
+        tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])  # which nothing sees, on the right
         self._lengths.copy_(torch.tensor(lengths))
         self._longest.fill_(T)
         self.session.run_with_iobinding(self._bind(tokens))
-        self.filled = T
         return self._logits.clone()
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token per row.
-
-        Args:
-            tokens: (B,) token ids.
-
-        Returns:
-            (B, vocab_size) logits of the next ones.
-
-        Raises:
-            TaperlitError: nothing was prefilled, or the cache is full.
-        """
-        self.check_room()
+    def _append(self, tokens: Tensor) -> Tensor:
         self._tokens[:, 0] = tokens
         self._lengths += 1
         self._longest += 1
         self.session.run_with_iobinding(self._step)
-        self.filled += 1
         return self._logits.clone()
 
     def _bind(self, tokens: Tensor) -> Any:

@@ -37,12 +37,12 @@ class Sampling:
         t, k, penalty = self.temperature, self.top_k, self.repetition_penalty
         if not (t == 0 or COLDEST <= t < math.inf):
             raise TaperlitError(f"temperature is {t}; give 0 for the likeliest token, or at least {COLDEST:g}.")
-        if k is not None and (k != int(k) or k < 1):
-            raise TaperlitError(f"top_k is {k}; give a whole number of tokens, 1 or more, or none.")
+        if k is not None and not (isinstance(k, int) and k >= 1):
+            raise TaperlitError(f"top_k is {k}; give a whole number of tokens, 1 or more, or null.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise TaperlitError(f"top_p is {self.top_p}; give a probability above 0 and at most 1, or none.")
+            raise TaperlitError(f"top_p is {self.top_p}; give a probability above 0 and at most 1, or null.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise TaperlitError(f"min_p is {self.min_p}; give a fraction from 0 to 1, or none.")
+            raise TaperlitError(f"min_p is {self.min_p}; give a fraction from 0 to 1, or null.")
         if not 0 < penalty < math.inf:
             raise TaperlitError(f"repetition_penalty is {penalty}; give a factor above 0, where 1 changes nothing.")
 

@@ -170,6 +170,12 @@ def _require_agreement(agreement: Agreement, dtype: torch.dtype, reason: str | N
     Raises:
         TaperlitError: says by how much.
     """
+    if reason is None and not agreement.mean_square * HEADROOM < LARGEST_MEAN_SQUARE:
+        raise TaperlitError(
+            f"The residual stream reaches a mean square of {agreement.mean_square:.2g} on the checked tokens; norms "
+            f"made identities are exact below {LARGEST_MEAN_SQUARE:.2g}, and other text needs {HEADROOM:g} times as "
+            "much room. Train with a scale anchor (taperlit.ScaleAnchor)."
+        )
     name = str(dtype).removeprefix("torch.")
     tolerance = max(TOLERANCE[dtype], 3 * agreement.rounding)
     if not agreement.relative <= tolerance:
@@ -179,12 +185,6 @@ def _require_agreement(agreement: Agreement, dtype: torch.dtype, reason: str | N
         raise TaperlitError(
             f"Read back, the exported model's logits differ from the folded model's by {agreement.relative:.2g} "
             f"relative to the largest, more than {name} rounds ({tolerance:.2g}), so nothing is written: {mend}."
-        )
-    if reason is None and not agreement.mean_square * HEADROOM < LARGEST_MEAN_SQUARE:
-        raise TaperlitError(
-            f"The residual stream reaches a mean square of {agreement.mean_square:.2g} on the checked tokens; norms "
-            f"made identities are exact below {LARGEST_MEAN_SQUARE:.2g}, and other text needs {HEADROOM:g} times as "
-            "much room. Train with a scale anchor (taperlit.ScaleAnchor)."
         )
 
 

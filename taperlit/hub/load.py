@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from taperlit.checkpoint.plain import check_fields, read_json, read_text
@@ -109,6 +110,8 @@ def load_pretrained(source: str, remote_code: bool = False) -> CausalLM:
     _check_complete(place.name, found)
     if place.gguf:
         check_gguf(place.folder / place.gguf, place.name, lm)
+    else:
+        _check_values(place, lm)
     for attribute in ("quantization_config", "_pre_quantization_dtype"):  # it was a GGUF's, and is float now
         if hasattr(lm.config, attribute):
             delattr(lm.config, attribute)
@@ -267,19 +270,24 @@ def _fetch(name: str, patterns: Sequence[str], revision: str | None = None) -> P
         raise TaperlitError(f"{name} cannot be had from the hub ({_words(error)}).") from error
 
 
+def _weight_files(folder: Path) -> list[str]:
+    """The names of a model's safetensors files: one, or those that its index names."""
+    index = folder / INDEX
+    if (folder / WEIGHTS).exists() or not index.exists():
+        return [WEIGHTS]
+    content = read_json(index, MEND)
+    places: Any = content.get("weight_map") if isinstance(content, dict) else content
+    check_fields(places, dict[str, str], index, "weight_map", MEND)
+    return sorted(set(places.values()))
+
+
 def _with_weights(place: _Place) -> _Place:
     """The same with its safetensors files there.
 
     Raises:
         TaperlitError: it has none, or not all of them.
     """
-    index = place.folder / INDEX
-    files = [WEIGHTS]
-    if not (place.folder / WEIGHTS).exists() and index.exists():
-        content = read_json(index, MEND)
-        places: Any = content.get("weight_map") if isinstance(content, dict) else content
-        check_fields(places, dict[str, str], index, "weight_map", MEND)
-        files = sorted(set(places.values()))
+    files = _weight_files(place.folder)
     if place.on_hub:
         # The snapshot's folder is called after its commit: weights and config are of one.
         place = _Place(place.name, _fetch(place.name, [*_SMALL, "*.py", *files], place.folder.name), on_hub=True)
@@ -409,7 +417,7 @@ def _without_dropout(config: Any) -> Any:
     for key, value in vars(config).items():
         # OPT's layerdrop and GPT-2's attn_pdrop among them; a flag or a list that is called so is none.
         if "drop" in key and isinstance(value, float | int) and not isinstance(value, bool):
-            setattr(config, key, 0.0)
+            setattr(config, key, type(value)(0))  # MPT's is a whole number
         elif isinstance(value, _transformers().PretrainedConfig):
             _without_dropout(value)
     return config
@@ -445,6 +453,23 @@ def _check_complete(name: str, found: dict[str, Any]) -> None:
             raise TaperlitError(f"{name}: {keys[0]}{more} {what}; it is not the model that its config.json says.")
     if errors := found.get("error_msgs"):
         raise TaperlitError(f"{name} cannot be loaded ({_words(errors[0])}).")
+
+
+def _check_values(place: _Place, lm: nn.Module) -> None:
+    """Refuse a model whose weights are not the file's: a class that sets some again once they are read (Youtu's rows of
+    padding). Those that ``transformers`` gives another name or shape are left out.
+    """
+    own = lm.state_dict()
+    for file in _weight_files(place.folder):
+        with safe_open(place.folder / file, "pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 (it is no mapping)
+                if key not in own or stored.get_slice(key).get_shape() != list(own[key].shape):
+                    continue
+                if not torch.equal(stored.get_tensor(key).to(own[key].dtype), own[key]):
+                    raise TaperlitError(
+                        f"{place.name}: {key} is not what {file} has: its class in transformers changes it when it is "
+                        "read; make that value in the file what the class makes of it."
+                    )
 
 
 def _check_floats(name: str, lm: nn.Module) -> None:

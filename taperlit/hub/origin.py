@@ -29,5 +29,10 @@ class Origin:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Its ``config.json``, as ``transformers`` writes it."""
-        return cast("dict[str, Any]", json.loads(self.files["config.json"]))
+        """Its ``config.json``, as ``transformers`` reads it."""
+        return cast("dict[str, Any]", json.loads(self.files["config.json"], object_hook=_number))
+
+
+def _number(read: dict[str, Any]) -> Any:
+    """What ``transformers`` writes for an infinite number, which JSON has not: ``{"__float__": "Infinity"}``."""
+    return float(read["__float__"]) if read.keys() == {"__float__"} else read

@@ -1,5 +1,6 @@
 """The bench refuses to tell the speed of what decodes something else."""
 
+import copy
 import dataclasses
 import shutil
 
@@ -96,6 +97,23 @@ def test_a_wrong_logit_fails_the_bench(models, dtype, at):
     assert size > sum(p.nbytes for p in model.parameters()) / 2
     with pytest.raises(TaperlitError, match=r"folded \(tiny, batch 2, prompt 8, eager\) does not decode"):
         check("folded", Wrong(engine, at), model, prompts, where)
+
+
+def test_the_bytes_of_a_step_are_those_halfway(models):
+    model, where = models.variants["folded"], dataclasses.replace(setting(), new_tokens=40)
+    engine = Engine(model, 2, where.length, backend="eager")
+    *_, size = check("folded", engine, model, where.prompts(300), where)
+    per_slot = engine.cache.storage.nbytes // engine.cache.storage.shape[3]
+    assert size == engine.bytes_per_step(0) + (8 + 20) * per_slot
+
+
+def test_what_overflows_by_itself_fails_the_bench(models):
+    where, model = setting(torch.float16), copy.deepcopy(models.variants["folded"])
+    engine = Engine(models.variants["folded"], 2, where.length)
+    with torch.no_grad():
+        model.tok_embed.weight.mul_(1e6)
+    with pytest.raises(TaperlitError, match="overflows in float16; measure another dtype"):
+        check("folded", engine, model, where.prompts(300), where)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

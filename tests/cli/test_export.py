@@ -75,6 +75,35 @@ def test_a_checkpoint(tiny, tmp_path, capsys):
     assert not (tmp_path / "last-onnx" / "tokenizer.json").exists()
 
 
+def test_the_folder_one_is_in_is_a_path_too(folded, monkeypatch, capsys):
+    monkeypatch.chdir(folded)
+    assert main(["export", "--to=onnx", "--model=."]) == 0, capsys.readouterr().err
+    assert OnnxEngine("../folded-onnx").filled == 0
+    monkeypatch.chdir(folded.with_name("folded-onnx"))
+    command = ["export", "--to=onnx", f"--model={folded}", "--out=."]
+    assert main(command) == 1
+    assert "exists; name another --out or pass --force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0, capsys.readouterr().err
+    monkeypatch.chdir(folded)  # the other one is gone
+    OnnxEngine("../folded-onnx")
+    assert main(["stress", "--quick", "--model=."]) == 0, capsys.readouterr().err
+    for command in (["fold", "--ckpt=/"], ["export", "--to=onnx", "--model=/"]):
+        assert main(command) == 1
+        assert "/ is the root of all folders; name another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [".", "..", "folded", "../folded"])
+@pytest.mark.parametrize("command", [["export", "--to=onnx", "--model"], ["fold", "--ckpt"]])
+def test_what_is_read_is_never_written_over(folded, monkeypatch, capsys, command, out):
+    where = folded if out.startswith(".") else folded.parent
+    monkeypatch.chdir(where)
+    before = {path: path.read_bytes() for path in folded.iterdir()}
+    assert main([*command, str(folded), f"--out={out}", "--force"]) == 1
+    assert "is or holds" in (line := capsys.readouterr().err)
+    assert "would be lost; name another --out" in line
+    assert {path: path.read_bytes() for path in folded.iterdir()} == before
+
+
 @torch.no_grad()
 def test_a_pretrained_model_to_onnx(tmp_path, capsys):
     model = load_pretrained(str(small_models.saved("gpt2", tmp_path / "in")))

@@ -207,6 +207,7 @@ def test_stop_tokens_end_their_rows():
     stop = first[at]
     cut = [row[: row.index(stop)] if stop in row else row for row in (first, second)]
     assert engine.generate(prompts, 12, stop=[stop, 97]) == cut
+    assert engine.generate(prompts, 12, stop=torch.tensor([stop, 97])) == cut
     blocks = list(engine.stream(prompts[:1], 12, stop=[stop]))
     assert torch.cat(blocks).tolist() == [[token] for token in [*first[:at], -1]]  # and then no step more
 
@@ -246,12 +247,25 @@ def test_cache_bytes_are_what_is_taken():
         assert engine.cache.storage.nbytes == Engine.cache_bytes(model.config, 3, 20, engine.device, dtype)
 
 
+def _begun(model):
+    engine = Engine(model)
+    engine.prefill([[1]])
+    return engine
+
+
 @pytest.mark.parametrize(
     ("work", "words"),
     [
         (lambda model: Engine(model, length=25), "length of 25 tokens is outside .* give 1 to 24"),
         (lambda model: Engine(model, batch_size=0), "batch_size must be at least 1"),
         (lambda model: Engine(model).step(torch.tensor([1])), "read no prompt; call prefill"),
+        (lambda model: _begun(model).step(torch.tensor([-1])), "A step has a token outside of 0 to 97"),
+        (lambda model: _begun(model).step(torch.tensor([98])), "A step has a token outside of 0 to 97"),
+        (lambda model: _begun(model).step(torch.tensor([1, 2])), r"takes 1 tokens, one per row, not \[2\]"),
+        (lambda model: Engine(model).prefill(torch.tensor([[2.9]])), r"token ids, not float32 of shape \[1, 1\]"),
+        (lambda model: Engine(model).prefill(torch.tensor([2])), r"token ids, not int64 of shape \[1\]"),
+        (lambda model: Engine(model).prefill([2, 3]), "lists of token ids, one list for each"),
+        (lambda model: Engine(model).prefill([[2.9]]), "lists of token ids"),
         (lambda model: Engine(model).prefill([[]]), "no tokens"),
         (lambda model: Engine(model).prefill([[1] * 25]), "25 tokens is longer than the 24"),
         (lambda model: Engine(model).prefill([[98]]), "outside of 0 to 97"),
@@ -275,14 +289,72 @@ def test_a_half_open_gate():
 
 def test_what_was_put_on_the_model_is_not_passed_over():
     model = build("folded", n_head=4)
-    handle = model.blocks[1].mlp.register_forward_hook(lambda module, args, out: 1.5 * out)
-    with pytest.raises(TaperlitError, match="differ from the model's own"):
-        Engine(model)
-    handle.remove()
+    mlp = model.blocks[1].mlp
+    for register in (mlp.register_forward_hook, mlp.register_forward_pre_hook):
+        handle = register(lambda *args: None)
+        with pytest.raises(TaperlitError, match=r"blocks\.1\.mlp has forward hooks, which decoding does not call"):
+            Engine(model)
+        handle.remove()
     Engine(model)
+    mlp.forward = lambda x: 2 * x
+    with pytest.raises(TaperlitError, match=r"blocks\.1\.mlp has a forward of its own"):
+        Engine(model)
+    del mlp.forward
     model.blocks[0].attn.q_proj = nn.Sequential(model.blocks[0].attn.q_proj)
     with pytest.raises(TaperlitError, match=r"blocks\.0\.attn\.q_proj is a Sequential"):
         Engine(model)
+    model.blocks[0].attn = nn.Identity()
+    with pytest.raises(TaperlitError, match=r"blocks\.0\.attn is a Identity"):
+        Engine(model)
+
+
+def test_what_only_the_logits_show_is_not_passed_over():
+    model = build("folded", n_head=4)
+    of_all = torch.nn.modules.module.register_module_forward_hook
+    handle = of_all(lambda module, args, out: 1.5 * out if module is model.blocks[1].mlp else None)
+    try:
+        with pytest.raises(TaperlitError, match="differ from the model's own"):
+            Engine(model)
+    finally:
+        handle.remove()
+
+
+def test_two_streams_of_one_engine_are_refused():
+    model = build("folded", n_head=4)
+    engine = Engine(model)
+    first, second = engine.stream([[3, 5, 8]], 8), engine.stream([[9, 1, 2]], 8)
+    next(first)
+    assert torch.cat(list(second)).flatten().tolist() == greedy(model, [9, 1, 2], 8)
+    with pytest.raises(TaperlitError, match="another prompt since; use one engine per stream"):
+        next(first)
+    third = engine.stream([[3, 5, 8]], 8)
+    next(third)
+    engine.step(torch.tensor([4]))
+    with pytest.raises(TaperlitError, match="use one engine per stream"):
+        next(third)
+
+
+def test_weights_that_have_changed_need_another_engine():
+    model = build("folded", n_head=4)
+    engine = Engine(model)
+    engine.prefill([[3, 5, 8]])
+    with torch.no_grad():
+        model.blocks[0].mlp.up_proj.weight.mul_(0.5)
+    with pytest.raises(TaperlitError, match="weights were changed since the engine was built; build another"):
+        engine.generate([[3, 5, 8]], 4)
+    assert Engine(model).generate([[3, 5, 8]], 4) == [greedy(model, [3, 5, 8], 4)]
+
+
+def test_what_overflows_in_float16_says_so_and_spoils_no_other_row():
+    model = build("folded", n_head=4)
+    with torch.no_grad():
+        model.tok_embed.weight[0] = 3e4  # of which rows that have no token 0 know nothing
+    wanted = Engine(model, dtype=torch.float16).generate([[5]], 4)
+    assert Engine(model, 2, dtype=torch.float16).generate([[5], [6, 7, 8]], 4)[:1] == wanted
+    with torch.no_grad():
+        model.tok_embed.weight.fill_(3e4)
+    with pytest.raises(TaperlitError, match="overflows in float16; decode with dtype float32 or bfloat16"):
+        Engine(model, dtype=torch.float16)
 
 
 def test_weights_that_are_not_finite_give_no_token():

@@ -184,13 +184,20 @@ def test_what_is_not_in_the_graph_is_found(build, tmp_path):
     model = build()
     export_onnx(model, tmp_path / "out")
     before = (tmp_path / "out" / "config.json").read_text()
-    hook = model.blocks[1].mlp.register_forward_hook(lambda module, args, output: output + 0.1)
+    of_all = torch.nn.modules.module.register_module_forward_hook
+    hook = of_all(lambda module, args, output: output + 0.1 if module is model.blocks[1].mlp else None)
     for force in (True, False):
         path = tmp_path / ("out" if force else "new")
         with pytest.raises(TaperlitError, match=r"differ from the model's own by .* remove the one"):
             export_onnx(model, path, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "config.json").read_text() == before
+    hook.remove()
+    hook = model.blocks[1].mlp.register_forward_hook(lambda module, args, output: output + 0.1)
+    with pytest.raises(
+        TaperlitError, match=r"blocks\.1\.mlp has forward hooks, .* remove it"
+    ):
+        export_onnx(model, tmp_path / "new")
     hook.remove()
     export_onnx(model, tmp_path / "new")
 

@@ -1,9 +1,12 @@
 """The one interface over transformers' language models, against their own classes and torch's cross-entropy."""
 
+import copy
 import fnmatch
+from collections import OrderedDict
 
 import pytest
 import torch
+import transformers as tf
 from families import FAMILIES
 from small_models import CONFIGS, build
 from torch import nn
@@ -11,9 +14,11 @@ from torch.nn.functional import cross_entropy
 
 from taperlit.errors import TaperlitError
 from taperlit.foldable import foldable_norms
+from taperlit.folding import fold
 from taperlit.hub.causal_lm import CausalLM, find_names, sizes_of
 from taperlit.hub.origin import Origin
-from taperlit.norm import tapered_norms
+from taperlit.norm import shared_gate, tapered_norms
+from taperlit.surgery import taper
 from taperlit.training.policy import apply_policy
 
 TOKENS = torch.arange(40).view(2, 20) * 7 % 300
@@ -120,6 +125,38 @@ def test_the_norms_that_fold_are_those_of_the_published_formulas(name):
     apply_policy(model, "all")
     assert tapered_norms(model).keys() == expected | {f"lm.{model.names.final_norm}"}
     assert torch.equal(model(tokens), before)
+
+
+def test_a_kind_of_norm_that_only_a_late_block_has_is_found():
+    model = wrapped("llama")
+    blocks = model.blocks
+    for i in range(len(blocks), 7):
+        blocks.append(copy.deepcopy(blocks[0]))
+        blocks[i].self_attn.layer_idx = i
+    model.lm.config.num_hidden_layers = len(blocks)
+    late = blocks[6].mlp.up_proj
+    blocks[6].mlp.up_proj = nn.Sequential(OrderedDict(norm=nn.RMSNorm(late.in_features), linear=late))
+    names, left = foldable_norms(model)
+    assert "lm.model.layers.6.mlp.up_proj.norm" in names
+    assert [*left] == ["post_attention_layernorm"]  # which that norm reads
+
+
+def test_a_model_that_does_not_run_in_float64_is_refused_in_a_line():
+    model = wrapped("llama")
+    model.blocks[0].mlp.forward = lambda x: x * {torch.float32: 1}[x.dtype]
+    with pytest.raises(TaperlitError, match="CausalLM does not run in float64, where folding is checked"):
+        foldable_norms(model)
+
+
+@torch.no_grad()
+def test_the_smallest_number_of_the_dtype_may_fill_a_tensor():
+    sizes = dict(vocab_size=96, d_model=32, ffn_dim=64, num_layers=1, attention_heads=4, max_position_embeddings=64)
+    model, tokens = tf.XGLMForCausalLM(tf.XGLMConfig(**sizes)).eval(), TOKENS % 96  # whose mask is made so
+    taper(model, ["*_layer_norm"])
+    shared_gate(model).set(0.0)
+    before = model(input_ids=tokens).logits
+    assert fold(model, lambda: model(input_ids=tokens).logits)["difference"] < 1e-12
+    torch.testing.assert_close(model(input_ids=tokens).logits, before, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_whose_norms_cannot_be_folded_is_refused_with_the_readers():

@@ -10,12 +10,13 @@ import pytest
 import small_models
 import torch
 import transformers as tf
+from families import FAMILIES
 from gguf import GGUFWriter, RopeScalingType
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from taperlit.checkpoint.assign import assign, build_hollow
-from taperlit.data.tokenizer import end_of_text_id, load_tokenizer
+from taperlit.data.tokenizer import end_of_text_id, load_tokenizer, parse_tokenizer
 from taperlit.errors import TaperlitError
 from taperlit.hub import load as hub_load
 from taperlit.hub.gguf_check import check_gguf
@@ -34,6 +35,48 @@ def logits(model) -> torch.Tensor:
 @torch.no_grad()
 def expected(model) -> torch.Tensor:
     return model(input_ids=TOKENS).logits
+
+
+CAUSAL = [name for name, family in FAMILIES.items() if family.build.args[0].endswith(("ForCausalLM", "LMHeadModel"))]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_every_family_comes_in_as_transformers_wrote_it(family, tmp_path):
+    model = FAMILIES[family].make()
+    model.save_pretrained(tmp_path)
+    batch = FAMILIES[family].batch()
+    with torch.no_grad():
+        torch.testing.assert_close(load_pretrained(str(tmp_path)).lm(**batch).logits, model(**batch).logits)
+
+
+def test_weights_that_their_class_changes_are_refused_by_name(tmp_path):
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    heads = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    model = tf.YoutuForCausalLM(tf.YoutuConfig(**sizes, **heads, num_key_value_heads=2, pad_token_id=0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TaperlitError, match=r"model\.embed_tokens\.weight is not what model\.safetensors has"):
+        load_pretrained(str(tmp_path))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_pretrained(str(tmp_path))), expected(model.eval()))
+
+
+def test_mpt_and_an_infinite_number_in_a_config(tmp_path):
+    sizes = dict(vocab_size=64, d_model=32, n_heads=2, n_layers=1, max_seq_len=32, expansion_ratio=2)
+    mpt = tf.MptForCausalLM(tf.MptConfig(**sizes)).eval()
+    mpt.save_pretrained(tmp_path / "mpt")
+    torch.testing.assert_close(logits(load_pretrained(str(tmp_path / "mpt"))), expected(mpt))
+    sizes = dict(vocab_size=64, hidden_size=32, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8)
+    mamba = tf.Mamba2ForCausalLM(tf.Mamba2Config(**sizes, num_hidden_layers=1)).eval()
+    mamba.save_pretrained(tmp_path / "mamba")
+    assert '"Infinity"' in (tmp_path / "mamba" / "config.json").read_text()
+    loaded = load_pretrained(str(tmp_path / "mamba"))
+    torch.testing.assert_close(logits(loaded), expected(mamba))
+    assert tuple(loaded.lm.config.time_step_limit) == mamba.config.time_step_limit
+    assert tuple(build_pretrained(loaded.origin).lm.config.time_step_limit) == mamba.config.time_step_limit
 
 
 @pytest.fixture
@@ -208,7 +251,9 @@ def test_a_tokenizer_that_would_truncate_does_not(tmp_path):
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "def function_7(x):\n    return x * 3 + 4"
-    assert load_tokenizer(str(tmp_path)).encode(text).ids == small_models.tokenizer().encode(text).ids
+    ids = small_models.tokenizer().encode(text).ids
+    for loaded in (load_tokenizer(str(tmp_path)), parse_tokenizer(tokenizer.to_str(), "of it")):
+        assert loaded.encode(text).ids == ids
 
 
 def test_the_end_of_text_is_the_sources_eos_where_no_name_is_known():

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import peft
 import pytest
 import small_models
 import torch
@@ -189,3 +190,25 @@ def test_merging_where_there_is_nothing_imports_no_peft():
         "print('peft' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
+
+
+@torch.no_grad()
+def test_a_bias_that_merging_would_lose_is_refused_by_name():
+    torch.manual_seed(0)
+    model = small_models.build("gpt2")
+    peft_model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
+    taper(peft_model, ["*.ln_1"])
+    shared_gate(peft_model).set(0.0)
+    for norm in tapered_norms(peft_model).values():
+        norm.taper_bias.normal_()
+
+    def run():
+        return peft_model(input_ids=TOKENS).logits
+
+    before = run()
+    with pytest.raises(TaperlitError, match=r"lora_A\.default\.bias would hold a norm's bias.* merge it first"):
+        fold(peft_model, run)
+    assert torch.equal(run(), before)
+    merged = peft_model.merge_and_unload()
+    fold(merged, lambda: merged(input_ids=TOKENS).logits)
+    torch.testing.assert_close(merged(input_ids=TOKENS).logits, before, rtol=1e-4, atol=1e-4)

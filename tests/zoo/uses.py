@@ -148,6 +148,13 @@ class StreamChangedMasked(StreamChanged):
         return y.masked_fill(torch.arange(y.shape[-1]) % 2 == 0, -1e9)
 
 
+@zoo("the same, and half of the output has -1e9 added", REFUSED)
+class StreamChangedMaskAdded(StreamChanged):
+    def forward(self, x):
+        y = super().forward(x)
+        return y - 1e9 * (torch.arange(y.shape[-1]) % 2)
+
+
 @zoo("the residual stream added to in place: x += f(norm(x))", FOLDS)
 class StreamAddedTo(OneLinear):
     def forward(self, x):
