@@ -24,6 +24,7 @@ class RunSummary(ModelSummary):
     def __init__(self) -> None:
         super().__init__(max_depth=0)
         self._folder: str | None = None
+        self._validated = 0  # at which step
         self._began = 0.0  # the time, by which a folded model of an earlier fit is told from this one's
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -39,11 +40,17 @@ class RunSummary(ModelSummary):
         }
         rank_zero_info("\n".join(f"{name:<8} {words}" for name, words in lines.items() if words))
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know which step's the validation loss is."""
+        self._validated = trainer.global_step
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """After a fit that came to its end: tell the losses and the next command."""
         if stage != "fit" or trainer.interrupted:
             return
         metrics = {name: f"{float(trainer.callback_metrics[name]):.4f}" for name in _told(trainer)}
+        if "val/loss" in metrics and self._validated != trainer.global_step:
+            metrics["val/loss"] += f" (step {self._validated:,})"
         lines = {"steps": f"{trainer.global_step:,}", **metrics, "next": self._next(trainer, pl_module)}
         rank_zero_info("\n".join(f"{name:<10} {words}" for name, words in lines.items() if words))
 

@@ -32,6 +32,8 @@ SET_AT_THE_START = {
 # What takes effect from the next step on, and is told.
 APPLIED = ["lr", "betas", "weight_decay", "warmup", "min_lr_ratio", "decay_start"]
 APPLIED += ["chunk_tokens", "compile", "activation_checkpointing"]
+APPLIED_BY_TRAINER = ["precision", "gradient_clip_val", "gradient_clip_algorithm", "val_check_interval"]
+APPLIED_BY_TRAINER += ["check_val_every_n_epoch", "limit_train_batches", "limit_val_batches"]
 
 
 def look_into(path: str) -> dict[str, Any]:
@@ -107,8 +109,8 @@ def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options:
 
     Applied from the next step on: every option of the learning rate and the optimizer, ``trainer.max_steps`` (where the
     learning rate's cosine ends), how the loss and the blocks are computed, the scale loss's weight, and every slot that
-    does not depend on how the run began. Refused: another model or policy of tapering, another gate schedule, alignment
-    or anchor.
+    does not depend on how the run began; and the trainer's precision, clipping and limits. Refused: another model or
+    policy of tapering, another gate schedule, alignment or anchor, and other batches to a step.
 
     Args:
         path: of the checkpoint, for the errors.
@@ -150,11 +152,27 @@ def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options:
         for slot, mine in options["taper"].items():
             if slot in SLOTS:
                 changes += _slot_changes(path, slot, began["taper"].get(slot), mine)
+        batches = "accumulate_grad_batches"
+        if (before := began["trainer"].get(batches)) != (now := options["trainer"][batches]) and before is not None:
+            raise _refused(path, f"trainer.{batches}", now, before)
+        if taken := _taken_of_a_step(checkpoint, now):
+            changes.append(
+                f"one step over {now - taken} batches, not {now}: the checkpoint is from between two of them"
+            )
+        for name in APPLIED_BY_TRAINER:
+            if name in began["trainer"] and _differ(began["trainer"][name], options["trainer"][name]):
+                changes.append(_told(f"trainer.{name}", options["trainer"][name], began["trainer"][name]))
         if (before := began["trainer"]["max_steps"]) != (now := options["trainer"]["max_steps"]):
             kept = ", and the gate keeps its steps" if options["taper"]["gate"] else ""
             changes.append(_told("trainer.max_steps", now, before) + kept)
     if changes:
         rank_zero_info(f"From step {checkpoint['global_step'] + 1} on: {'; '.join(changes)}.")
+
+
+def _taken_of_a_step(checkpoint: dict[str, Any], batches: int) -> int:
+    """How many batches of a step came before the checkpoint, whose gradients it does not have."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return 0 if progress["is_last_batch"] else int(progress["current"]["completed"]) % batches
 
 
 def _slot_changes(path: str, slot: str, theirs: Any, mine: Any) -> list[str]:

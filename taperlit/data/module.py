@@ -214,6 +214,9 @@ class TextDataModule(L.LightningDataModule):
         h = self.hparams
         if h.files is None and h.hub is not None:
             source: Any = [h.hub, h.hub_config, h.hub_split, h.text_column]
+            if (folder := Path(h.hub).expanduser()).exists():  # load_dataset reads one too, whatever is in it now
+                files = sorted(str(path) for path in folder.resolve().rglob("*") if path.is_file())
+                source.append(describe_files(files))
         else:
             source = [describe_files(self._files()), h.text_column]
         if h.tokenizer is None:
@@ -296,7 +299,13 @@ class TextDataModule(L.LightningDataModule):
         return ResumableLoader(self._blocks[split], self._sampler(split, train), **self._workers)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Training blocks, shuffled."""
+        """Training blocks, shuffled.
+
+        Raises:
+            TaperlitError: Lightning is to take the same few each time, for which it needs a loader of torch's own.
+        """
+        if self.trainer is not None and self.trainer.overfit_batches:
+            raise TaperlitError("trainer.overfit_batches is not for this data; set trainer.limit_train_batches.")
         return self._loader("train", train=True)
 
     def val_dataloader(self) -> ResumableLoader:
@@ -318,29 +327,35 @@ class TextDataModule(L.LightningDataModule):
         return {
             "tokenizer": self.tokenizer_json,
             "corpus": self._meta["corpus"],
-            "seed": self.hparams.seed,
+            **self._fixed(),
             "global_batch": self.hparams.batch_size * data_rank(self.trainer)[1],
             "sample": torch.stack([blocks[i] for i in itertools.islice(range(len(blocks)), 4)]).int(),
         }
+
+    def _fixed(self) -> dict[str, Any]:
+        """What the order of the blocks depends on, and the split, by the option's name."""
+        return {"seed": self.hparams.seed, "val_fraction": self.hparams.val_fraction, "block_size": self.block_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the checkpoint goes with this data.
 
         Raises:
-            TaperlitError: another tokenizer; or, to go on training, another corpus, seed or global batch.
+            TaperlitError: another tokenizer; or, to go on training, another corpus, split, length of blocks, seed or
+                global batch.
         """
-        mine, theirs = fingerprint(cast(str, self.tokenizer_json)), fingerprint(state_dict["tokenizer"])
-        if mine != theirs:
+        own, other = fingerprint(cast(str, self.tokenizer_json)), fingerprint(state_dict["tokenizer"])
+        if own != other:
             raise TaperlitError(
-                f"The checkpoint's tokenizer ({theirs[:12]}) is not the data's ({mine[:12]}); set data.tokenizer to "
+                f"The checkpoint's tokenizer ({other[:12]}) is not the data's ({own[:12]}); set data.tokenizer to "
                 "the tokenizer.json beside the checkpoint's run."
             )
         if self.trainer.state.fn != TrainerFn.FITTING:
             return
         if state_dict["corpus"] != self._meta["corpus"]:
             raise TaperlitError("The checkpoint's run had other training data; resume it with the same data options.")
-        if state_dict["seed"] != self.hparams.seed:
-            raise TaperlitError(f"The checkpoint's run had data.seed {state_dict['seed']}; resume it with that seed.")
+        for name, mine in self._fixed().items():
+            if (theirs := state_dict.get(name, mine)) != mine:  # older checkpoints do not have all
+                raise TaperlitError(f"The checkpoint's run had data.{name} {theirs}, not {mine}; resume it with that.")
         processes = data_rank(self.trainer)[1]
         if state_dict["global_batch"] != self.hparams.batch_size * processes:
             # Lightning counts batches, so its place in the data would be another block.

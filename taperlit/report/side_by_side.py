@@ -13,6 +13,9 @@ from taperlit.report.scales import figure
 from taperlit.report.traces import Points
 
 LOSS = "val/loss"
+# What the validation text depends on: losses on two texts, or of two tokenizers, are no measure of the models.
+_TEXT = ["files", "hub", "hub_config", "hub_split", "text_column", "tokenizer", "vocab_size", "block_size"]
+_TEXT += ["val_fraction", "max_documents", "max_tokens"]
 
 
 def relative_gap(run: Run, first: Run) -> tuple[int, float] | None:
@@ -30,6 +33,14 @@ def gap_points(run: Run, first: Run) -> Points:
     base = dict(first.traces.get(LOSS, []))
     pairs = [(step, loss, base[step]) for step, loss in run.traces.get(LOSS, []) if step in base]
     return [(step, loss / other - 1 if other else math.nan) for step, loss, other in pairs]
+
+
+def other_text(run: Run, first: Run) -> str:
+    """In words, in brackets, which options make another validation text of a run's than of the first's; often none."""
+    if run.option("data") is None or first.option("data") is None:  # of no command of ours, or not to be read
+        return ""
+    names = [f"data.{name}" for name in _TEXT if run.option(f"data.{name}") != first.option(f"data.{name}")]
+    return f" (other {', '.join(names)})" if names else ""
 
 
 def comparison(names: Sequence[str], runs: Sequence[Run]) -> Element:
@@ -88,7 +99,7 @@ def _gap_in_words(run: Run, first: Run) -> str:
     step, gap = found
     last = {step for each in (run, first) for step, _ in each.traces[LOSS][-1:]}
     at = "" if last == {step} else f" at step {step + 1:,}"
-    return f"{gap:+.2%}{at}".replace("-", "\u2212")
+    return f"{gap:+.2%}{at}".replace("-", "\u2212") + other_text(run, first)
 
 
 def _common_zones(runs: Sequence[Run]) -> list[Zone]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from taperlit.report.parts import Parts
 from taperlit.report.run import Run
-from taperlit.report.side_by_side import LOSS, relative_gap
+from taperlit.report.side_by_side import LOSS, other_text, relative_gap
 from taperlit.structure import Structure
 
 MOST_LOSSES = 8  # in a line
@@ -37,7 +37,8 @@ def comparison_lines(names: Sequence[str], runs: Sequence[Run]) -> Iterator[str]
     for name, run in zip(names, runs, strict=True):
         loss, gap = run.last(LOSS), None if run is runs[0] else relative_gap(run, runs[0])
         shown = "not measured" if loss is None else f"{loss:.4f}"
-        yield f"{name:<{width}}  {shown}" + ("" if gap is None else f"  {gap[1]:+.2%} at step {gap[0] + 1}")
+        told = "" if gap is None else f"  {gap[1]:+.2%} at step {gap[0] + 1}{other_text(run, runs[0])}"
+        yield f"{name:<{width}}  {shown}{told}"
 
 
 def _in_words(structure: Structure) -> str:

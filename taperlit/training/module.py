@@ -1,5 +1,6 @@
 """The LightningModule: next-token loss, optimizer, learning rate, and what is logged."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,7 @@ from taperlit.norm import plain_name
 from taperlit.ranges import require_range, require_steps
 from taperlit.schedule import resolve_steps
 from taperlit.training import optimizer as adamw
-from taperlit.training.lightning_compat import should_log
+from taperlit.training.lightning_compat import should_accumulate, should_log
 from taperlit.training.policy import Policy, apply_policy, check_policy
 from taperlit.training.source import Pretrained, source_of
 from taperlit.transformer import Transformer, TransformerOverrides
@@ -34,7 +35,21 @@ from taperlit.transformer import Transformer, TransformerOverrides
 NAN = float("nan")
 
 
-class Perplexity(MeanMetric):
+class TokenMean(MeanMetric):
+    """Token-weighted mean, summed in float64; in float32 where the device has no other."""
+
+    def __init__(self) -> None:
+        super().__init__(NAN)
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
+        super()._apply(fn, exclude_state)
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        if self.dtype != wide:  # of the device's move, or bfloat16: Lightning casts all of a module
+            self.set_dtype(wide)
+        return self
+
+
+class Perplexity(TokenMean):
     """Exponential of the token-weighted mean loss."""
 
     def compute(self) -> Tensor:
@@ -113,8 +128,8 @@ class LanguageModel(L.LightningModule):
         self.model: Transformer | CausalLM = None  # type: ignore[assignment]  # until configure_model
         self._restored = False
         self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
-        self.val_loss, self.val_perplexity = MeanMetric(NAN), Perplexity(NAN)
-        self.test_loss, self.test_perplexity = MeanMetric(NAN), Perplexity(NAN)
+        self.val_loss, self.val_perplexity = TokenMean(), Perplexity()
+        self.test_loss, self.test_perplexity = TokenMean(), Perplexity()
         # Different tokens: a mixture of experts should send them to all of its experts.
         self.example_input_array = torch.arange(min(64, self.block_size, self.vocab_size))[None]
 
@@ -200,6 +215,18 @@ class LanguageModel(L.LightningModule):
         self._losses.append(loss.detach())
         return loss
 
+    def on_after_backward(self) -> None:
+        """Let the gradient of a step be the mean over its batches where these are fewer than the others' are.
+
+        The last step of an epoch has what is left of it, and the first one after a checkpoint from between two batches
+        what was to come; Lightning divides each batch's by ``accumulate_grad_batches`` all the same.
+        """
+        batches = self.trainer.accumulate_grad_batches
+        if len(self._losses) < batches and not should_accumulate(self.trainer):
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    local(parameter.grad).mul_(batches / len(self._losses))
+
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Add one batch to val/loss and val/perplexity; returns its (B, T) token losses."""
         return self._evaluate(batch, "val", self.val_loss, self.val_perplexity)
@@ -208,7 +235,7 @@ class LanguageModel(L.LightningModule):
         """Add one batch to test/loss and test/perplexity; returns its (B, T) token losses."""
         return self._evaluate(batch, "test", self.test_loss, self.test_perplexity)
 
-    def _evaluate(self, batch: Tensor, split: str, *metrics: MeanMetric) -> Tensor:
+    def _evaluate(self, batch: Tensor, split: str, *metrics: TokenMean) -> Tensor:
         """Add a batch's loss to metrics; returns its (B, T) token losses, which callbacks get."""
         targets = batch[:, 1:]
         with self._eager():
@@ -289,9 +316,9 @@ class LanguageModel(L.LightningModule):
     def _settings(self) -> adamw.Settings:
         # Not estimated_stepping_batches: reading it here makes Lightning forget the data's position on resume.
         total = self.trainer.max_steps
-        warmup = resolve_steps(self.hparams.warmup, total, "model.warmup")
         if total < 1:
             raise TaperlitError("Set trainer.max_steps: the learning rate's cosine ends there.")
+        warmup = resolve_steps(self.hparams.warmup, total, "model.warmup")
         start = resolve_steps(self.hparams.decay_start, total, "model.decay_start")
         h = self.hparams
         return adamw.Settings(h.lr, tuple(h.betas), h.weight_decay, warmup, total, h.min_lr_ratio, start)

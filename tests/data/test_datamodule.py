@@ -72,6 +72,18 @@ def test_the_cache_is_reused_and_depends_on_everything(corpus):
     assert not any("partial" in name for name in os.listdir(path.parent))
 
 
+def test_the_cache_of_a_local_hub_folder_depends_on_its_files(tmp_path, monkeypatch):
+    paths = set()
+    for name in ("a", "b"):
+        (tmp_path / name / "corpus").mkdir(parents=True)
+        (tmp_path / name / "corpus" / "train.jsonl").write_text('{"text": "x"}\n')
+        monkeypatch.chdir(tmp_path / name)
+        paths.add(TextDataModule(files=None, hub="./corpus").cache_path())
+    (tmp_path / "b" / "corpus" / "train.jsonl").write_text('{"text": "other"}\n')
+    paths.add(TextDataModule(files=None, hub="./corpus").cache_path())
+    assert len(paths) == 3
+
+
 def test_limits(corpus):
     assert sum(build(corpus, max_documents=40)._meta["documents"].values()) == 40
 

@@ -194,9 +194,7 @@ def test_what_is_not_in_the_graph_is_found(build, tmp_path):
     assert (tmp_path / "out" / "config.json").read_text() == before
     hook.remove()
     hook = model.blocks[1].mlp.register_forward_hook(lambda module, args, output: output + 0.1)
-    with pytest.raises(
-        TaperlitError, match=r"blocks\.1\.mlp has forward hooks, .* remove it"
-    ):
+    with pytest.raises(TaperlitError, match=r"blocks\.1\.mlp has forward hooks, .* remove it"):
         export_onnx(model, tmp_path / "new")
     hook.remove()
     export_onnx(model, tmp_path / "new")

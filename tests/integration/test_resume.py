@@ -81,7 +81,7 @@ def test_what_is_given_on_resume_is_applied_from_the_next_step_on(tmp_path, text
     saved = read_checkpoint(run / "checkpoints/last.ckpt")["optimizer_states"][0]
     given = ["--model.lr=2e-4", "--model.warmup=12", "--model.min_lr_ratio=0.5", "--model.weight_decay=0.3",
              "--model.betas=[0.8,0.9]", "--model.chunk_tokens=64", "--model.decay_start=13",
-             "--trainer.max_steps=16"]  # fmt: skip
+             "--trainer.gradient_clip_val=0.7", "--trainer.max_steps=16"]  # fmt: skip
     caplog.clear()
     assert fit(tmp_path, text, *begin[:-1], *LAST, *given) == run
     rates = learning_rates(run)
@@ -96,6 +96,7 @@ def test_what_is_given_on_resume_is_applied_from_the_next_step_on(tmp_path, text
     for option in ("lr 0.0002 (before: 0.001)", "warmup 12", "min_lr_ratio", "decay_start 13", "weight_decay", "betas",
                    "chunk_tokens"):  # fmt: skip
         assert f"model.{option}" in told
+    assert "trainer.gradient_clip_val 0.7 (before: " in told
     assert "trainer.max_steps 16 (before: 10), and the gate keeps its steps" in told
 
 
@@ -137,6 +138,19 @@ def test_unchanged_options_change_no_bit(tmp_path, text):
     assert differences(state_of(whole), state_of(again)) == []
 
 
+def test_a_checkpoint_from_between_two_batches_of_a_step_is_told(tmp_path, text, caplog):
+    every = f"{{class_path: RunCheckpoint, init_args: {{save_top_k: -1, filename: '{{step}}', dirpath: {tmp_path}}}}}"
+    given = ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=10", "--trainer.max_steps=12"]
+    fit(tmp_path, text, *given, "--trainer.callbacks+", every)
+    caplog.clear()
+    fit(tmp_path, text, *given, "--ckpt_path", str(tmp_path / "step=2.ckpt"))  # after 2 of its 4 batches
+    (told,) = [record.message for record in caplog.records if record.message.startswith("From step 3 on: ")]
+    assert "one step over 2 batches, not 4: the checkpoint is from between two of them" in told
+    caplog.clear()
+    fit(tmp_path, text, *given, "--ckpt_path", str(tmp_path / "step=5.ckpt"))
+    assert not [record.message for record in caplog.records if record.message.startswith("From step ")]
+
+
 def test_a_run_of_before_an_option_goes_on_with_its_default(tmp_path, text, capsys):
     run = fit(tmp_path, text, "--trainer.max_steps=10")
     path = run / "checkpoints/last.ckpt"
@@ -162,9 +176,15 @@ def test_what_cannot_change_is_refused_by_name(tmp_path, text, capsys):
         ("taper.gate.shape", "linear", "--taper.gate.shape is linear .* began with cosine"),
         ("taper.alignment.at", "3", "--taper.alignment.at is 3 .* began with None"),
         ("taper.ema_rate", "0.2", "--taper.alignment.ema_rate is 0.2 .* began with 0.01"),
+        ("trainer.accumulate_grad_batches", "3", "--trainer.accumulate_grad_batches is 3 .* began with 1"),
+        ("data.block_size", "16", r"had data\.block_size 32, not 16; resume it with that"),
     ):
         line = error_of(capsys, *command, f"--{option}={value}")
         assert re.search(word, line), (option, line)
+    split = [f"--data.tokenizer={run / 'tokenizer.json'}", "--data.val_fraction=0.3"]
+    assert re.search(
+        r"had data\.val_fraction 0\.\d+, not 0\.3; resume it with that", error_of(capsys, *command, *split)
+    )
     named = fit_command(tmp_path, text, "--ckpt_path", str(run / "checkpoints/last.ckpt"))
     for option, word in (("model.taper=all", "taper internal, not all"), ("taper.gate.end=0.9", "began with 10")):
         assert word in error_of(capsys, *named, f"--{option}")

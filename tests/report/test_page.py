@@ -127,6 +127,14 @@ def test_several_runs_stand_side_by_side(tmp_path, report):
     assert f"\u2212{-gaps[-1][1]:.2%}" in page.words
     assert f"\u2212{-gaps[1][1]:.2%} at step 20" in page.words  # the last step that both were validated at
     assert f"third  {last['third']:.4f}  {gaps[-1][1]:+.2%} at step 40" in printed
+    assert "(other " not in printed
+    elsewhere = tensorboard_run(tmp_path / "elsewhere/version_0", config=CONFIG + "\ndata: {files: other.txt}")
+    page_there, told = report(
+        with_data := tensorboard_run(tmp_path / "data/v", config=CONFIG + "\ndata: {}"), elsewhere
+    )
+    assert f"{with_data.name}" in told
+    assert "at step 40 (other data.files)" in told
+    assert "(other data.files)" in page_there.words
     validation = next(chart for chart in page.charts if [s["name"] for s in chart["series"]] == [*last])
     assert [zone[0] for zone in validation["zones"]] == ["warm-up", "taper", "linear"]
     assert [attributes["id"] for _, attributes in page.elements if "run" in attributes.get("class", "").split()] == [

@@ -1,9 +1,11 @@
+import copy
 import pickle
 from multiprocessing.reduction import ForkingPickler
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -11,6 +13,7 @@ from taperlit import AlignmentFreeze, GateSchedule, LanguageModel, ScaleAnchor
 from taperlit.callbacks import TokenThroughput
 from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
+from taperlit.training.module import Perplexity, TokenMean
 
 SHAPE = dict(vocab_size=100, block_size=16, n_layer=2, n_head=2, d_model=16, d_ff=32)
 
@@ -63,6 +66,59 @@ def test_a_started_process_has_metrics_of_its_own(tmp_path):
         getattr(there, name).update(2.0, 3)
         assert getattr(there, name).weight == 3
         assert getattr(module, name).weight == 0
+
+
+def test_a_mean_over_many_batches_is_exact_in_every_precision():
+    for kind, expected in ((TokenMean, loss := torch.tensor(5.68)), (Perplexity, loss.double().exp())):
+        module = nn.Sequential(nn.Linear(2, 2))
+        module.mean = kind()
+        module.to(torch.bfloat16)
+        for _ in range(3000):
+            module.mean.update(loss, torch.tensor(4096))
+        assert module.mean.compute().item() == pytest.approx(expected.item(), rel=1e-9)
+        module.mean.reset()
+        assert module.mean.mean_value.dtype == torch.float64
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+def test_the_logged_validation_loss_is_the_mean_of_the_token_losses(tmp_path, precision):
+    module = LanguageModel("small_1m", "none", SHAPE)
+    module.configure_model()
+    sums = []
+
+    class Add(L.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, *_):
+            sums.append(outputs.double().sum().item())
+
+    checking = trainer(tmp_path, precision=precision, callbacks=[Add()])
+    metrics = checking.validate(module, blocks(1200, 2), verbose=False)[0]
+    assert len(sums) == 600
+    assert metrics["val/loss"] == pytest.approx(sum(sums) / (1200 * 16), rel=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_step_over_fewer_batches_has_their_mean(tmp_path, clip):
+    torch.manual_seed(0)
+    module = LanguageModel("small_1m", "none", SHAPE, lr=0.01, warmup=0)
+    data, seen = blocks(24), []
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append([p.grad.clone() for p in pl_module.model.parameters()])
+            self.weights = copy.deepcopy(pl_module.model)
+
+    watch = Watch()
+    options = {"accumulate_grad_batches": 4, "gradient_clip_val": clip, "logger": CSVLogger(tmp_path)}
+    trainer(tmp_path, steps=2, callbacks=[watch], log_every_n_steps=1, **options).fit(module, data)
+    assert len(seen) == 2  # over four batches, and over the two that the epoch has left
+    left = torch.cat([*data][4:])
+    model = watch.weights
+    model.zero_grad()
+    model(left[:, :-1], left[:, 1:]).backward()
+    for parameter, gradient in zip(model.parameters(), seen[1], strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert module.trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm, rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_is_not_hidden(tmp_path):
@@ -153,6 +209,7 @@ def test_model_flops_are_six_a_parameter_and_attention():
 
 
 def test_max_steps_is_asked_for(tmp_path):
-    module = LanguageModel("small_1m", "none", SHAPE, warmup=2)
-    with pytest.raises(TaperlitError, match=r"Set trainer\.max_steps"):
-        trainer(tmp_path, steps=-1, max_epochs=1).fit(module, blocks())
+    for warmup in (2, 0.05):
+        module = LanguageModel("small_1m", "none", SHAPE, warmup=warmup)
+        with pytest.raises(TaperlitError, match=r"Set trainer\.max_steps"):
+            trainer(tmp_path, steps=-1, max_epochs=1).fit(module, blocks())
