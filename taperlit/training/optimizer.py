@@ -38,7 +38,8 @@ def build(model: nn.Module, settings: Settings, fused: bool) -> tuple[AdamW, Lam
     """AdamW over a model's trainable parameters, with its states made already, and its schedule per optimizer step.
 
     Args:
-        model: on its device. Its linear maps' matrices decay, and all of a DyT's or Derf's; all else does not.
+        model: on its device. Its linear maps' matrices decay, those of a mixture's experts and router too, and all of a
+            DyT's or Derf's; all else does not.
         settings: see :class:`Settings`.
         fused: torch's fused implementation, one pass over each parameter, for CPU and CUDA.
     """
@@ -88,6 +89,12 @@ def _groups(
     embeddings = {module.weight for module in modules if isinstance(module, nn.Embedding)}
     decays = {module.weight for module in modules if _is_linear(module)} - embeddings
     decays |= {p for module in modules if isinstance(module, Pointwise) for p in module.parameters(recurse=False)}
+    for module in modules:  # transformers' mixtures have maps without a Linear
+        own, kind = dict(module.named_parameters(recurse=False)), type(module).__name__
+        if kind.endswith("Experts"):
+            decays |= {p for name, p in own.items() if "bias" not in name}
+        elif kind.endswith("Router"):
+            decays |= {p for name, p in own.items() if name == "weight"}
     trainable = [p for p in parameters if p.requires_grad]
     return [p for p in trainable if p in decays], [p for p in trainable if p not in decays]
 

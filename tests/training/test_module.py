@@ -5,6 +5,7 @@ from multiprocessing.reduction import ForkingPickler
 import lightning as L
 import pytest
 import torch
+from families import FAMILIES
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -13,7 +14,9 @@ from taperlit import AlignmentFreeze, GateSchedule, LanguageModel, ScaleAnchor
 from taperlit.callbacks import TokenThroughput
 from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
+from taperlit.training import optimizer as adamw
 from taperlit.training.module import Perplexity, TokenMean
+from taperlit.training.optimizer import Settings
 
 SHAPE = dict(vocab_size=100, block_size=16, n_layer=2, n_head=2, d_model=16, d_ff=32)
 
@@ -40,6 +43,16 @@ def test_only_matrices_decay(tmp_path):
     decayed = {names[p] for p in decay["params"]}
     assert decayed == {n for n in names.values() if ".blocks." in n and n.endswith("proj.weight")}
     assert {names[p] for p in keep["params"]} == set(names.values()) - decayed
+
+
+def test_the_maps_of_a_mixture_decay_too():
+    for family in ("Mixtral", "Gemma2"):
+        model = FAMILIES[family].make()
+        decay, keep = adamw.build(model, Settings(1e-3, (0.9, 0.95), 0.1, 0, 10, 0.1, 0), fused=False)[0].param_groups
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        kept = {names[p] for p in keep["params"]}
+        assert kept == {n for n in names.values() if "norm" in n or "embed" in n}
+        assert len(kept) + len(decay["params"]) == len(names)
 
 
 def test_validation_is_the_mean_over_tokens_with_a_ragged_last_batch(tmp_path):
