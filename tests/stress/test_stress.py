@@ -187,8 +187,12 @@ def test_a_decoder_that_is_wrong_once_is_found_with_its_length(tiny):
 
 def test_what_only_the_forward_pass_runs_fails_in_the_cache(tiny):
     model = tiny()
-    model.blocks[0].mlp.register_forward_hook(lambda module, args, output: 3 * output)
-    report = stress(model, 300, 32, sizes=QUICK, others=())
+    of_all = torch.nn.modules.module.register_module_forward_hook  # which the engine cannot see
+    hook = of_all(lambda module, args, output: 3 * output if module is model.blocks[0].mlp else None)
+    try:
+        report = stress(model, 300, 32, sizes=QUICK, others=())
+    finally:
+        hook.remove()
     assert only(report, "cached decoding").difference > 0.01
     assert not report.ok
     assert "cached decoding differs from the forward pass by" in report.verdict()
@@ -202,6 +206,10 @@ def test_what_cannot_decode_is_a_note(tiny):
     note = only(report, "cached decoding").note
     assert note.startswith("not tried: blocks.1.attn_norm is a Sequential, which the decoding engine does not know")
     assert f"; cached decoding {note}" in report.verdict()
+    model = tiny()
+    model.blocks[0].mlp.register_forward_hook(lambda module, args, output: 3 * output)
+    verdict = stress(model, 300, 32, sizes=QUICK, others=()).verdict()
+    assert "cached decoding not tried: blocks.0.mlp has forward hooks, which decoding does not call" in verdict
     assert only(stress(Bare(), VOCAB, BLOCK, sizes=SMALL, others=()), "cached decoding").note.endswith("this model")
 
 
