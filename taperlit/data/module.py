@@ -214,7 +214,7 @@ class TextDataModule(L.LightningDataModule):
         h = self.hparams
         if h.files is None and h.hub is not None:
             source: Any = [h.hub, h.hub_config, h.hub_split, h.text_column]
-            if (folder := Path(h.hub).expanduser()).exists():  # load_dataset reads one too, whatever is in it now
+            if (folder := Path(h.hub)).exists():  # load_dataset reads one too, whatever is in it now
                 files = sorted(str(path) for path in folder.resolve().rglob("*") if path.is_file())
                 source.append(describe_files(files))
         else:

@@ -98,7 +98,7 @@ def _check(model: Transformer, directory: Path, dtype: torch.dtype) -> None:
     if not difference <= max(TOLERANCE[dtype], TOLERANCE[wanted.dtype]):
         raise TaperlitError(
             f"onnxruntime's logits differ from the model's own by {difference:.2g}, relative to the largest: something "
-            "was put on the model that decoding does not read, a forward hook say, or it overflows in "
+            "was put on the model that decoding does not read, or it overflows in "
             f"{str(dtype).removeprefix('torch.')}; remove the one, or export with dtype float32."
         )
 

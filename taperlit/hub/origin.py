@@ -35,4 +35,5 @@ class Origin:
 
 def _number(read: dict[str, Any]) -> Any:
     """What ``transformers`` writes for an infinite number, which JSON has not: ``{"__float__": "Infinity"}``."""
-    return float(read["__float__"]) if read.keys() == {"__float__"} else read
+    special = read.get("__float__") if len(read) == 1 else None
+    return float(special) if special in ("Infinity", "-Infinity", "NaN") else read

@@ -141,11 +141,13 @@ def test_unchanged_options_change_no_bit(tmp_path, text):
 def test_a_checkpoint_from_between_two_batches_of_a_step_is_told(tmp_path, text, caplog):
     every = f"{{class_path: RunCheckpoint, init_args: {{save_top_k: -1, filename: '{{step}}', dirpath: {tmp_path}}}}}"
     given = ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=10", "--trainer.max_steps=12"]
+    given += ["--trainer.enable_model_summary=true"]
     fit(tmp_path, text, *given, "--trainer.callbacks+", every)
     caplog.clear()
     fit(tmp_path, text, *given, "--ckpt_path", str(tmp_path / "step=2.ckpt"))  # after 2 of its 4 batches
     (told,) = [record.message for record in caplog.records if record.message.startswith("From step 3 on: ")]
     assert "one step over 2 batches, not 4: the checkpoint is from between two of them" in told
+    assert re.search(r"steps +12\n.*\nval/loss +\d\.\d+ \(step 10\)", caplog.text)  # validated after batch 40 of 48
     caplog.clear()
     fit(tmp_path, text, *given, "--ckpt_path", str(tmp_path / "step=5.ckpt"))
     assert not [record.message for record in caplog.records if record.message.startswith("From step ")]
