@@ -116,7 +116,7 @@ class FoldOnEnd(L.Callback):
         model, run, stressed = self._copy(trainer, pl_module)
         structure: Structure = fold(model, run, tied=self.tied, untouched=self.untouched)
         tokenizer = getattr(trainer.datamodule, "tokenizer_json", None)
-        path = write_folded(self._path, model, structure, tokenizer, self._replace)
+        path = write_folded(self._path, model, structure, tokenizer, self._replace, trainer.global_step)
         count = len(structure["identities"]) + len(structure["scales"])
         rank_zero_info(f"Folded {count} norms into {path}; largest relative difference {structure['difference']:.1e}.")
         line, calm = stressed(tokenizer)

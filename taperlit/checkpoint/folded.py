@@ -76,10 +76,12 @@ class Config(_Always, total=False):
         pretrained: the fields of :class:`taperlit.hub.origin.Origin`, where it is a ``CausalLM``.
         tied: other names of a tensor, and the one that it is stored under.
         checksums: the CRC-32 of each file, and of this one's other keys.
+        step: optimizer steps that its run had taken, where it is of a run.
     """
 
     model: TransformerOverrides
     pretrained: _OriginRecord
+    step: int
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module, covariant=True)
@@ -94,12 +96,14 @@ class LoadedModel(Generic[ModelT]):
         tokenizer_json: the text of its ``tokenizer.json``, or None where none was stored.
         sample: (n, T) token blocks of its validation split, or None.
         structure: what folding did to it, or None where it is not folded.
+        step: optimizer steps that its run had taken, or None where that was not stored.
     """
 
     model: ModelT
     tokenizer_json: str | None
     sample: Tensor | None = None
     structure: Structure | None = None
+    step: int | None = None
 
 
 def write_folded(
@@ -108,6 +112,7 @@ def write_folded(
     structure: Structure,
     tokenizer_json: str | None = None,
     force: bool = False,
+    step: int | None = None,
 ) -> Path:
     """Write a folded model of any class: ``config.json``, ``model.safetensors`` and what else it has, all or nothing.
 
@@ -118,6 +123,7 @@ def write_folded(
         structure: what ``fold`` returned.
         tokenizer_json: the text for ``tokenizer.json``, or None.
         force: replace a directory that exists.
+        step: optimizer steps that its run had taken, which a report tells; None where it is of no run.
 
     Returns:
         The directory.
@@ -136,6 +142,8 @@ def write_folded(
         "tied": {},
         "checksums": {},
     }
+    if step is not None:
+        config["step"] = step
     weights = model.state_dict()
     for name, value in weights.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
@@ -211,6 +219,7 @@ def load_checkpoint(path: str | Path) -> LoadedModel[Transformer | CausalLM]:
     hparams, data = checkpoint["hyper_parameters"], checkpoint.get("TextDataModule", {})
     tokenizer_json, sample = data.get("tokenizer"), data.get("sample")
     sample = None if sample is None else sample.clone()
+    step = checkpoint.get("global_step")
     try:
         policy = hparams["taper"]
         if not {"preset", "pretrained"} & {name for name, value in hparams.items() if value is not None}:
@@ -235,7 +244,7 @@ def load_checkpoint(path: str | Path) -> LoadedModel[Transformer | CausalLM]:
         raise TaperlitError(f"{path} was replaced while it was read; load it again.")
     check_finite(model, str(path), "the run diverged before it was saved; use an earlier one")
     merge_lora(model)
-    return LoadedModel(model.eval(), tokenizer_json, sample)
+    return LoadedModel(model.eval(), tokenizer_json, sample, step=step)
 
 
 def origin_in(checkpoint: dict[str, Any]) -> Origin | None:
@@ -286,7 +295,7 @@ def read_model(path: str | Path) -> LoadedModel[Transformer | CausalLM]:
         )
     model = cast("Transformer | CausalLM", _load(path, build, config, before, torch.float32))
     text = read_text(path / TOKENIZER, MEND) if TOKENIZER in config["checksums"] else None
-    return LoadedModel(model, text, structure=config["structure"])
+    return LoadedModel(model, text, structure=config["structure"], step=config.get("step"))
 
 
 def load_model(path: str | Path) -> LoadedModel[Transformer]:

@@ -60,7 +60,7 @@ def fold_checkpoint(
         structure["untied"].append("head.weight")
     difference = structure["difference"]
     print(f"largest difference, folded against unfolded, on {tokens.numel()} validation tokens: {difference:.2e}")
-    write_folded(directory, model, structure, loaded.tokenizer_json, force)
+    write_folded(directory, model, structure, loaded.tokenizer_json, force, loaded.step)
     gone = structure["identities"]
     print(f"removed {len(gone)} norms with {sum(sizes[name] for name in gone)} parameters:")
     print("\n".join(f"  {line}" for line in describe(structure)))

@@ -150,8 +150,7 @@ class TaperlitCLI(CLI):
             if keyword is not None:  # also where --ckpt_path last finds nothing yet, and begins again in the folder
                 trainer.callbacks.insert(0, LoggedOnce(trainer.loggers))
         if options.ckpt_path is not None:
-            self._check_checkpoint(options.ckpt_path)
-            _write_beside(options.ckpt_path, config)
+            _prepare_writers(options.ckpt_path, self._check_checkpoint(options.ckpt_path), config)
         elif command == "fit":
             self.config[command].ckpt_path = None  # the run begins: its record is not to go on with itself
         elif keyword is None:
@@ -161,10 +160,12 @@ class TaperlitCLI(CLI):
             raise TaperlitError(f"--ckpt_path {keyword}: this config's runs have no checkpoint yet; fit first.")
         return trainer
 
-    def _check_checkpoint(self, path: str) -> None:
+    def _check_checkpoint(self, path: str) -> dict[str, Any]:
         options = self.config[self.subcommand]
         plain = plain_options(self.command_parser, options) if self.subcommand == "fit" else None
-        check(path, self.evaluated or look_into(path), self.model, plain)
+        checkpoint = self.evaluated or look_into(path)
+        check(path, checkpoint, self.model, plain)
+        return checkpoint
 
 
 def _loggers(given: Any, root: str) -> list[Logger]:
@@ -188,12 +189,14 @@ def _refuse_names_outside(trainer: L.Trainer) -> None:
             raise TaperlitError(f"{what} leaves the output folder; name the folder in save_dir or dirpath.")
 
 
-def _write_beside(checkpoint: str, config: Any) -> None:
-    """Let ``predict`` write beside the checkpoint, unless a path or a folder is given."""
+def _prepare_writers(path: str, checkpoint: dict[str, Any], config: Any) -> None:
+    """Let ``predict`` tell the checkpoint's step, and write beside it unless a path or a folder is given."""
     for callback in config.callbacks:
-        if isinstance(callback, PredictionWriter) and callback.path is None and config.default_root_dir is None:
-            path = Path(checkpoint)
-            callback.path = str(path.with_name(f"{path.stem}-predictions.jsonl"))
+        if isinstance(callback, PredictionWriter):
+            callback.step = checkpoint["global_step"]
+            if callback.path is None and config.default_root_dir is None:
+                file = Path(path)
+                callback.path = str(file.with_name(f"{file.stem}-predictions.jsonl"))
 
 
 def build_cli(command: str) -> TaperlitCLI:

@@ -14,11 +14,13 @@ class Fold(NamedTuple):
         folder: where it is.
         model_class: the name of its class.
         structure: see :class:`taperlit.structure.Structure`.
+        step: optimizer steps that its run had taken, or None where that was not stored.
     """
 
     folder: Path
     model_class: str
     structure: Structure
+    step: int | None = None
 
 
 def read_fold(folder: Path) -> Fold:
@@ -31,4 +33,4 @@ def read_fold(folder: Path) -> Fold:
 
     config = read_config(folder)
     check_fields(config["structure"], Structure, folder / "config.json", "structure", MEND)
-    return Fold(folder, config["model_class"], config["structure"])
+    return Fold(folder, config["model_class"], config["structure"], config.get("step"))

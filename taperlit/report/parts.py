@@ -42,7 +42,7 @@ class Parts:
         folds: the records of its folded models.
         tails: of its token losses.
         samples: texts of its model.
-        sampled: the model that they are of.
+        sampled: the model that they are of, in words.
         benches: measurements in its folder.
         problems: a line for each that is there and could not be read, by the part's name.
     """
@@ -82,5 +82,7 @@ def read_parts(run: Run, wish: Wish) -> Parts:
         last = run.folder / CHECKPOINTS[0]
         text = last if last.exists() else run.checkpoint
         made = parts.read("samples", [partial(make_samples, models[0], text, wish.prompt, wish.new_tokens, wish.seed)])
-        parts.samples, parts.sampled = [sample for each in made for sample in each], models[0].name
+        step = next((each.step for each in parts.folds if each.folder == models[0]), None)
+        parts.samples = [sample for each in made for sample in each]
+        parts.sampled = f"{models[0].name}{run.earlier(step)}"
     return parts

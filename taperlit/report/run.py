@@ -55,6 +55,10 @@ class Run:
         points = self.traces.get(tag)
         return points[-1][1] if points else None
 
+    def earlier(self, step: int | None) -> str:
+        """Words for what was made of the run before its last step; nothing where it was not, or that is not known."""
+        return f", of step {step:,} of {self.steps:,}" if step is not None and step < self.steps else ""
+
     @property
     def zones(self) -> list[Zone]:
         """Its phases, as far as it got."""

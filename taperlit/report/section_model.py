@@ -1,7 +1,7 @@
 """The sections of a run's model: how it was folded, the tails of its losses, and what it writes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from xml.etree.ElementTree import Element
 
 from taperlit.report import commands
@@ -48,7 +48,7 @@ def fold_section(run: Run, parts: Parts) -> Iterator[Element]:
 def _fold_row(run: Run, each: Fold) -> list[Child]:
     structure = each.structure
     parts = (structure["identities"], structure["scales"], structure["biases"], structure["untied"])
-    name = str(each.folder.relative_to(run.folder))
+    name = f"{each.folder.relative_to(run.folder)}{run.earlier(each.step)}"
     return [name, *(figure(len(part)) for part in parts), figure(structure["difference"], 2)]
 
 
@@ -57,13 +57,19 @@ def tails_section(run: Run, parts: Parts) -> Iterator[Element]:
     yield from parts.complaints("tails")
     if parts.tails:
         keys = [key for key in FIGURES if any(key in each.figures for each in parts.tails)]
-        rows = [[each.source, *(figure(each.figures.get(key)) for key in keys)] for each in parts.tails]
-        yield table(["token losses in nats", *(FIGURES[key] for key in keys)], rows)
+        yield table(
+            ["token losses in nats", *(FIGURES[key] for key in keys)],
+            [_tails_row(run, each, keys) for each in parts.tails],
+        )
         yield el("div", [by_position(each) for each in parts.tails], class_="charts")
     elif not commands.can_go_on(run):
         yield missing("There are no tails of the token losses: LossTails(during_fit=True) logs them.")
     elif not parts.problems.get("tails"):
         yield missing("There are no tails of the token losses. Make them:", commands.predict(run))
+
+
+def _tails_row(run: Run, each: Tails, keys: Iterable[str]) -> list[Child]:
+    return [each.source + run.earlier(each.step), *(figure(each.figures.get(key)) for key in keys)]
 
 
 def by_position(each: Tails) -> Element | None:

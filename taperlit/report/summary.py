@@ -19,7 +19,7 @@ def lines_of(run: Run, parts: Parts) -> Iterator[str]:
     if gate := run.traces.get("taper/gate"):
         yield _line("gate", f"{gate[0][1]:g} -> {gate[-1][1]:g}")
     for each in parts.folds[:1]:
-        yield _line("folding", _in_words(each.structure))
+        yield _line("folding", f"{_in_words(each.structure)}{run.earlier(each.step)}")
     for row in (row for bench in parts.benches for row in bench.rows if "logit_difference" in row):
         tokens = f"{row.get('compared_tokens')} tokens"
         yield _line(

@@ -32,11 +32,13 @@ class Tails(NamedTuple):
         source: where they come from, in words.
         figures: by the keys of :data:`FIGURES`.
         by_position: the mean loss in each range of positions, such as ``2-3``.
+        step: optimizer steps that the run had taken, or None where that was not stored, or where ``source`` says it.
     """
 
     source: str
     figures: dict[str, float]
     by_position: dict[str, float]
+    step: int | None = None
 
 
 def tails_logged(traces: Mapping[str, Points]) -> list[Tails]:
@@ -58,7 +60,7 @@ def tails_predicted(path: Path) -> Tails:
         path: of the first process's file; those of the others lie beside it, with a number behind the name.
 
     Raises:
-        TaperlitError: a line that is no block's.
+        TaperlitError: a line that is no block's, or lines of different steps.
     """
     import torch
 
@@ -67,12 +69,14 @@ def tails_predicted(path: Path) -> Tails:
     tails = TokenLossTails()
     paths = [path, *sorted(path.parent.glob(f"{path.name}.[0-9]*"))]
     lots: dict[int, list[list[float]]] = {}
+    steps: set[int | None] = set()
 
     def count(lot: list[list[float]]) -> None:
         losses = -torch.tensor(lot)  # (B, T)
         tails.update(losses, torch.zeros(len(lot), losses.shape[1] + 1, dtype=torch.long))
 
-    for logprobs in (block for each in paths for block in _blocks(each)):
+    for step, logprobs in (block for each in paths for block in _blocks(each)):
+        steps.add(step)
         lot = lots.setdefault(len(logprobs), [])
         lot.append(logprobs)
         if len(lot) == BLOCKS_AT_ONCE:
@@ -82,7 +86,10 @@ def tails_predicted(path: Path) -> Tails:
     figures = {key: value.item() for key, value in tails.compute().items() if value.dim() == 0}
     if "loss_mean" not in figures:
         raise TaperlitError(f"{path} has no tokens; run `taperlit predict` again.")
-    return _sorted(f"{figures['tokens']:,} tokens in {path.name}, by taperlit predict", figures)
+    if len(steps) > 1:
+        raise TaperlitError(f"{path} and the files beside it are of different steps; run `taperlit predict` again.")
+    found = _sorted(f"{figures['tokens']:,} tokens in {path.name}, by taperlit predict", figures)
+    return found._replace(step=steps.pop())
 
 
 def _sorted(source: str, figures: Mapping[str, float]) -> Tails:
@@ -92,15 +99,18 @@ def _sorted(source: str, figures: Mapping[str, float]) -> Tails:
     return Tails(source, {key: figures[key] for key in FIGURES if key in figures}, by_position)
 
 
-def _blocks(path: Path) -> Iterator[list[float]]:
+def _blocks(path: Path) -> Iterator[tuple[int | None, list[float]]]:
+    """The step and the log-probabilities of each line."""
     check_file(path, MEND)
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     # Not parse_json, which takes no NaN: a model that is not finite has predicted some.
-                    yield [float(value) for value in json.loads(line.decode("utf-8"))["logprobs"]]
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    block = json.loads(line.decode("utf-8"))
+                    step = block.get("step")
+                    yield None if step is None else int(step), [float(value) for value in block["logprobs"]]
+                except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
                     raise TaperlitError(f"{path}, line {number}, is no block of `taperlit predict`; {MEND}.") from error
     except OSError as error:
         raise cannot_be_read(path, error, MEND) from error

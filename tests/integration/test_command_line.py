@@ -86,11 +86,14 @@ def test_train_fold_generate_and_the_rest(tmp_path, shards, capsys):
     assert float(printed) == pytest.approx(logged["val/loss"][-1][1], rel=1e-5)
     assert main(["test", *saved]) == 0
     assert "test/perplexity" in capsys.readouterr().out
+    (stale := tmp_path / "predictions.jsonl.1").write_text("a second process's, of an earlier call\n")
     assert main(["predict", *saved, f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert not stale.exists()
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     mean = sum(line["loss"] for line in lines) / len(lines)
     assert mean == pytest.approx(logged["val/loss"][-1][1], rel=1e-4)
     assert all(len(line["logprobs"]) == 32 for line in lines)
+    assert {line["step"] for line in lines} == {folded.step, unfolded.step} == {20}
 
 
 def test_resumed_mid_epoch_is_bit_identical_to_uninterrupted(tmp_path, shards):

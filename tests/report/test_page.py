@@ -43,12 +43,12 @@ def error_of(capsys, *args) -> str:
     return error
 
 
-def fold_a_tiny_model(tiny, folder: Path):
+def fold_a_tiny_model(tiny, folder: Path, step: int | None = None):
     """A folded model without a tokenizer; the record of what folding did."""
     model = tiny(["*"]).eval()
     shared_gate(model).set(0.0)
     structure = fold(model, lambda: model(torch.arange(9)[None]))
-    write_folded(folder, model, structure)
+    write_folded(folder, model, structure, step=step)
     return structure
 
 
@@ -171,6 +171,22 @@ def test_the_fold_is_told_from_its_record(tmp_path, report, tiny):
     (run / "folded/config.json").write_text(json.dumps(record))
     page, _ = report(run)
     assert "structure.difference is missing; fold the checkpoint again." in page.words
+
+
+@pytest.mark.parametrize(("step", "told"), [(None, ""), (STEPS, ""), (STEPS + 3, ""), (30, ", of step 30 of 40")])
+def test_what_was_made_at_an_earlier_step_says_so(tmp_path, report, tiny, step, told):
+    run = tensorboard_run(tmp_path / "version_0")
+    fold_a_tiny_model(tiny, run / "folded", step)
+    line = {"logprobs": [-1.0, -2.0]} | ({} if step is None else {"step": step})
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/last-predictions.jsonl").write_text(f"{json.dumps(line)}\n")
+    page, printed = report(run)
+    assert f"folded{told} 5 0" in page.words
+    assert f"2 tokens in last-predictions.jsonl, by taperlit predict{told} 1.5" in page.words
+    assert f" in float64{told}\n" in printed
+    (run / "checkpoints/last-predictions.jsonl.1").write_text(json.dumps({**line, "step": 20}))
+    page, _ = report(run)
+    assert "are of different steps; run `taperlit predict` again." in page.words
 
 
 def test_measurements_in_the_folder_are_on_the_page(tmp_path, report):
