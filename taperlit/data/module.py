@@ -95,6 +95,10 @@ class TextDataModule(L.LightningDataModule):
     cached under a key of everything they depend on; they are memory-mapped, so the corpus may exceed memory. A hub data
     set that is streamed leaves only its tokens on disk.
 
+    Each document is followed by the end-of-text token. Where a document's own text has that token's name
+    (``<|endoftext|>``), as between the stories of a single file, it is that token too; such a file is still one
+    document, and on one side of the split.
+
     Args:
         files: globs of local files: ``.jsonl`` (also ``.zst``, ``.gz``) and ``.parquet`` hold a document a row, any
             other file is a document.
