@@ -5,7 +5,8 @@
 #
 # Before its time is up, and when it is preempted, the job gets SIGTERM: the run finishes its step, saves last.ckpt and
 # ends with status 143; the job then queues itself again and goes on from there. A node that dies requeues it too.
-# data.batch_size is per process and accumulate_grad_batches per step: divide one of them by what you add in processes.
+# data.batch_size is per process: divide it by what you add in processes, or, of a run that begins, accumulate_grad_batches
+# and val_check_interval. A run that goes on can change data.batch_size alone.
 #SBATCH --job-name=taperlit
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

@@ -5,7 +5,8 @@
 #
 # NNODES (1): nodes. NPROC (the GPUs here): processes a node. HEAD (this host): the node where the others meet.
 # RESTARTS (3): how often the processes are started again, from the last checkpoint, when one fails.
-# data.batch_size is per process and accumulate_grad_batches per step: divide one of them by what you add in processes.
+# data.batch_size is per process: divide it by what you add in processes, or, of a run that begins, accumulate_grad_batches
+# and val_check_interval. A run that goes on can change data.batch_size alone.
 set -euo pipefail
 nproc=${NPROC:-$(nvidia-smi -L | wc -l)}
 exec torchrun \

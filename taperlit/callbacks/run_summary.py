@@ -36,6 +36,7 @@ class RunSummary(ModelSummary):
             "norms": _norms(pl_module),
             "data": getattr(trainer.datamodule, "in_words", None),
             "devices": _devices(trainer),
+            "val": _never(trainer),
             "logs": self._folder or "none",
         }
         rank_zero_info("\n".join(f"{name:<8} {words}" for name, words in lines.items() if words))
@@ -94,6 +95,15 @@ def _norms(pl_module: L.LightningModule) -> str:
 def _devices(trainer: L.Trainer) -> str:
     how = "" if trainer.world_size == 1 else f" by {type(trainer.strategy).__name__.removesuffix('Strategy')}"
     return f"{trainer.world_size} x {trainer.strategy.root_device.type}{how}, {trainer.precision}"
+
+
+def _never(trainer: L.Trainer) -> str | None:
+    """A word where a run will not validate, as after a division of its batches among devices."""
+    every, batches = trainer.val_check_interval, trainer.max_steps * trainer.accumulate_grad_batches
+    wanted = trainer.check_val_every_n_epoch is None and trainer.limit_val_batches
+    if not wanted or not isinstance(every, int) or not 0 < batches < every:
+        return None
+    return f"never: trainer.val_check_interval is {every:,}, and the run has {batches:,} batches; lower it"
 
 
 def _told(trainer: L.Trainer) -> list[str]:

@@ -29,6 +29,8 @@ SET_AT_THE_START = {
     "anchor": ("weight", "fade"),
     "fakeln": ("aux_weight", "end_of_text"),
 }
+# Options of other slots whose outcome is in the checkpoint, so that another value would do nothing.
+KEPT = {"hold": ("back", "latest"), "massive": ("multiple", "begin", "end")}
 # What takes effect from the next step on, and is told.
 APPLIED = ["lr", "betas", "weight_decay", "warmup", "min_lr_ratio", "decay_start"]
 APPLIED += ["chunk_tokens", "compile", "activation_checkpointing"]
@@ -110,7 +112,8 @@ def check(path: str, checkpoint: dict[str, Any], module: LanguageModel, options:
     Applied from the next step on: every option of the learning rate and the optimizer, ``trainer.max_steps`` (where the
     learning rate's cosine ends), how the loss and the blocks are computed, the scale loss's weight, and every slot that
     does not depend on how the run began; and the trainer's precision, clipping and limits. Refused: another model or
-    policy of tapering, another gate schedule, alignment or anchor, and other batches to a step.
+    policy of tapering, another gate schedule, alignment or anchor, what ``GateHold`` and ``ShrinkMassive`` have worked
+    out already, and other batches to a step.
 
     Args:
         path: of the checkpoint, for the errors.
@@ -197,7 +200,7 @@ def _slot_changes(path: str, slot: str, theirs: Any, mine: Any) -> list[str]:
     changes = []
     for name in sorted(mine.keys() | theirs.keys()):
         if _differ(theirs.get(name), mine.get(name)):
-            if fixed and name not in SET_AT_THE_START[slot]:
+            if name in KEPT.get(slot, ()) or (fixed and name not in SET_AT_THE_START[slot]):
                 raise _refused(path, f"taper.{slot}.{name}", mine.get(name), theirs.get(name))
             changes.append(_told(f"taper.{slot}.{name}", mine.get(name), theirs.get(name)))
     return changes

@@ -37,6 +37,7 @@ def test_a_run_says_what_it_is_and_what_to_do_next(tmp_path, corpus, said, capsy
     assert f"data.files {corpus}/*.py: " in told["data"]
     assert told["devices"] == "1 x cpu, 32-true"
     assert told["logs"] == str(run)
+    assert "val" not in told
     assert told["steps"] == "20"
     assert float(told["val/loss"]) > 0
     assert told["next"] == f"taperlit generate --model {run}/folded --prompt 'Once'"
@@ -48,6 +49,24 @@ def test_a_run_says_what_it_is_and_what_to_do_next(tmp_path, corpus, said, capsy
         assert word not in everything, word
     config = str(run / "config.yaml")
     assert "without one the model is untrained" in error_of(capsys, "validate", "--config", config)
+
+
+def test_a_run_that_will_not_validate_says_so(tmp_path, corpus, said):
+    args = fit_command(tmp_path, f"{corpus}/*.py", "--trainer.enable_model_summary=true")
+    options = [
+        "--trainer.max_steps=2",
+        "--trainer.accumulate_grad_batches=2",
+        "--taper.gate.warmup=1",
+        "--taper.gate.end=2",
+    ]
+    assert main([*args, *options, "--trainer.val_check_interval=5"]) == 0
+    (line,) = [line for line in said if line.startswith("val ")]
+    assert line.split(maxsplit=1)[1] == "never: trainer.val_check_interval is 5, and the run has 4 batches; lower it"
+    assert not any(line.startswith("val/loss") for line in said)
+    said.clear()
+    assert main([*args, *options, "--trainer.val_check_interval=4"]) == 0  # as it says
+    assert any(line.startswith("val/loss") for line in said)
+    assert not any(line.startswith("val ") for line in said)
 
 
 def test_only_what_nobody_can_mend_is_kept_back(said):

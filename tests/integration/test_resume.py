@@ -100,14 +100,26 @@ def test_what_is_given_on_resume_is_applied_from_the_next_step_on(tmp_path, text
     assert "trainer.max_steps 16 (before: 10), and the gate keeps its steps" in told
 
 
-def test_slots_that_are_turned_or_changed_on_resume_are_told(tmp_path, text, caplog):
-    run = fit(tmp_path, text, "--taper.tail=true", "--taper.decay=true", "--trainer.max_steps=10")
+def test_slots_that_are_turned_or_changed_on_resume_are_told(tmp_path, text, caplog, capsys):
+    stored = ["--taper.hold.latest=10", "--taper.massive.begin=1", "--taper.massive.end=3"]
+    run = fit(tmp_path, text, "--taper.tail=true", "--taper.decay=true", *stored, "--trainer.max_steps=10")
+    for option, began in (
+        ("hold.back", "0.1"),
+        ("hold.latest", "10"),
+        ("massive.multiple", "4.0"),
+        ("massive.end", "3"),
+    ):
+        line = error_of(capsys, *fit_command(tmp_path, text, *LAST, *stored, f"--taper.{option}=12"))
+        assert f"--taper.{option} is 12" in line
+        assert f" began with {began}, which cannot change under way" in line
     caplog.clear()
     given = ["--taper.tail=TailPenalty", "--taper.tail.weight=0.5", "--taper.lr_dip=true", "--taper.monitor.every=3"]
+    given += [*stored, "--taper.hold.band=9", "--taper.massive=false"]
     fit(tmp_path, text, *LAST, *given, "--taper.anchor.fade=15", "--trainer.max_steps=20")
     (told,) = [record.message for record in caplog.records if record.message.startswith("From step 11 on: ")]
     for change in ("taper.tail.weight 0.5 (before: 1.0)", "taper.lr_dip on (before: off)", "taper.monitor.every 3 (",
-                   "taper.anchor.fade 15 (before: 0.5)", "taper.decay off (before: on)"):  # fmt: skip
+                   "taper.anchor.fade 15 (before: 0.5)", "taper.decay off (before: on)", "taper.hold.band 9",
+                   "taper.massive off (before: on)"):  # fmt: skip
         assert change in told
     saved = read_checkpoint(run / "checkpoints/last.ckpt")
     assert "LearningRateDip" in saved["callbacks"]
