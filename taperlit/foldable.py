@@ -10,6 +10,7 @@ from taperlit.compare import Run, in_a_line, outputs_of
 from taperlit.conflicts import resolve
 from taperlit.consumers import Watch
 from taperlit.errors import TaperlitError
+from taperlit.folding import places_of_a_bias
 from taperlit.hub.causal_lm import CausalLM
 from taperlit.surgery import known_norms, taper
 
@@ -42,15 +43,21 @@ def other_readers(model: nn.Module, run: Run) -> dict[str, list[str]]:
     readers = {}
     for name, feed in resolve(watch).items():
         shared = [weight for weight, separable in feed.shared.items() if not separable]
-        readers[name] = [*feed.others, *shared] or ([] if feed.products else ["nothing"])
+        bare = [
+            f"{watch.name_of(product.weight, product.module)}, which has no bias to take the norm's"
+            for product in feed.products
+            if product.bias is None and watch.has_bias(product) and not places_of_a_bias(model, watch, product)
+        ]
+        readers[name] = [*feed.others, *shared, *bare] or ([] if feed.products else ["nothing"])
     return readers
 
 
-def foldable_norms(model: CausalLM) -> tuple[list[str], dict[str, list[str]]]:
+def foldable_norms(model: CausalLM, bias: bool = False) -> tuple[list[str], dict[str, list[str]]]:
     """The norms in the blocks of a pretrained model that can be folded, found by watching a copy of its first blocks.
 
     Args:
         model: plain, with its weights; it stays as it is.
+        bias: as they are to be tapered, see :func:`taperlit.taper`.
 
     Returns:
         The names of the norms that fold, and, of the others, the names in a block with what reads them.
@@ -62,7 +69,7 @@ def foldable_norms(model: CausalLM) -> tuple[list[str], dict[str, list[str]]]:
             block, _, place = name.removeprefix(prefix).partition(".")
             first[place] = min(int(block), first.get(place, int(block)))
     probe = _first_blocks(model, max([PROBED_BLOCKS, *(block + 1 for block in first.values())]))
-    taper(probe, [f"{prefix}*"])
+    taper(probe, [f"{prefix}*"], bias=bias)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (1, 8), generator=generator)
     places: dict[str, list[str]] = {}  # a norm's name in its block, and what else reads it in any

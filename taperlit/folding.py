@@ -22,7 +22,7 @@ from taperlit.consumers import Watch
 from taperlit.errors import TaperlitError
 from taperlit.float64 import storage_of
 from taperlit.norm import Phase, TaperNorm, plain_name, shared_gate
-from taperlit.products import Feeds
+from taperlit.products import Feeds, Product
 from taperlit.structure import Structure, add_bias, identity_for, replace, submodule, untie
 from taperlit.surgery import require_tapered
 from taperlit.transformer import Transformer
@@ -324,23 +324,34 @@ def _add_biases(model: nn.Module, watch: Watch, feeds: dict[str, Feeds], structu
     for product in {id(p): p for feed in feeds.values() for p in feed.products}.values():
         if product.bias is not None or not watch.has_bias(product):
             continue
-        weight = watch.name_of(product.weight, product.module)
-        prefix, _, _ = weight.rpartition(".")
-        module = submodule(model, prefix)
-        if isinstance(module, nn.MultiheadAttention):
-            # Its fused path reads both biases or neither.
-            shapes = {"in_proj_bias": 3 * module.embed_dim, "out_proj.bias": module.embed_dim}
-        else:
-            shapes = {"bias": product.weight.size[0] * product.weight.size[2]}
-        for leaf, size in shapes.items():
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            holder = submodule(model, name.rpartition(".")[0])
-            if hasattr(holder, name.rpartition(".")[2]) and getattr(holder, name.rpartition(".")[2]) is None:
-                _require_no_adapter(model, name)
-                add_bias(model, name, [size])
-                structure["biases"][name] = [size]
-                added = True
+        for name, size in places_of_a_bias(model, watch, product).items():
+            _require_no_adapter(model, name)
+            add_bias(model, name, [size])
+            structure["biases"][name] = [size]
+            added = True
     return added
+
+
+def places_of_a_bias(model: nn.Module, watch: Watch, product: Product) -> dict[str, int]:
+    """The biases that a product's module could have and has not, by name with their elements.
+
+    Empty of a module without such an attribute, as one that holds the matrices of several experts.
+    """
+    weight = watch.name_of(product.weight, product.module)
+    prefix, _, _ = weight.rpartition(".")
+    module = submodule(model, prefix)
+    if isinstance(module, nn.MultiheadAttention):
+        # Its fused path reads both biases or neither.
+        shapes = {"in_proj_bias": 3 * module.embed_dim, "out_proj.bias": module.embed_dim}
+    else:
+        shapes = {"bias": product.weight.size[0] * product.weight.size[2]}
+    found = {}
+    for leaf, size in shapes.items():
+        name = f"{prefix}.{leaf}" if prefix else leaf
+        holder, _, last = name.rpartition(".")
+        if getattr(submodule(model, holder), last, size) is None:
+            found[name] = size
+    return found
 
 
 def _require_no_adapter(model: nn.Module, name: str) -> None:

@@ -5,8 +5,9 @@
 
 The model may be a name on the hub, a folder, a .gguf file, or a checkpoint or folded model of ours. The text is the
 Python standard library's source, each sequence the beginning of a file. Per norm the table has the root mean square of
-its input (the standard deviation for the LayerNorm kind) and the alignment scalar ``c`` by each fit: E[w / r] / E[w]
-with w = ||h D||^2 (energy) or 1 (token), over all positions or all but the first, and over the first alone.
+its input (the standard deviation for the LayerNorm kind, unless it is folded) and the alignment scalar ``c`` by each
+fit: E[w / r] / E[w] with w = ||h D||^2 (energy) or 1 (token), over all positions or all but the first, and over the
+first alone.
 """
 
 import argparse
@@ -166,7 +167,7 @@ def provenance() -> str:
 
 
 def load(source: str) -> tuple[nn.Module, str, dict[str, bool]]:
-    """A model in eval mode, its tokenizer's JSON text, and the names of folded norms, each with whether it centred."""
+    """A model in eval mode, its tokenizer's JSON text, and the folded norms' names, each with whether it centres."""
     from taperlit.checkpoint.folded import load_any
 
     loaded = load_any(source)
@@ -198,9 +199,9 @@ def main() -> None:
         [
             f"# Activations before each norm: {Path(args.model).name}",
             "",
-            "Root mean square (standard deviation for the LayerNorm kind) of each norm's input: the mean at position "
-            f"0, and over positions >= 1; {args.sequences} sequences of {args.length} tokens, the beginnings of files "
-            "of Python's standard library. `c` is the alignment scalar by each fit.",
+            "Root mean square (standard deviation for the LayerNorm kind, unless it is folded) of each norm's input: "
+            f"the mean at position 0, and over positions >= 1; {args.sequences} sequences of {args.length} tokens, the "
+            "beginnings of files of Python's standard library. `c` is the alignment scalar by each fit.",
             "",
             summary(inputs),
             "",

@@ -47,7 +47,7 @@ def role_of(model: nn.Module, name: str) -> Role:
     if role is None:
         raise TaperlitError(
             f"{name} is none of the attention, MLP and final norms whose names are known, so its place in the order "
-            f"and its initial values are not; leave it as it is with names=[...] that it does not match."
+            "and its initial values are not; choose another model.taper, or from Python names=[...] that leave it out."
         )
     return role
 

@@ -39,7 +39,7 @@ COLUMNS = {
     "ttft_ms": "ms to first",
     "gb_s": "GB/s",
     "bandwidth_share": "of memory",
-    "kernels_per_token": "kernels/token",
+    "kernels_per_token": "kernels/step",
     "kernels_per_layer": "per layer",
     "layout": "layout",
     "norm": "norm",

@@ -2,7 +2,9 @@
 
 They do not know each other. What one must know of another stands at the norms: the plan of the run at their gate, and
 which alignment scalars are frozen. Their order in the Trainer does not matter. GateSchedule needs an AlignmentFreeze
-beside it; AlignmentFreeze and ScaleAnchor need a GateSchedule or a step to freeze at; the others work alone.
+beside it, and GateHold a GateSchedule; AlignmentFreeze, ScaleAnchor and BoundedWrites need a GateSchedule or a step to
+act at, FirstPosition somebody who closes the gate, and FakeLNSchedule a model after ``apply_fakeln``; the others work
+alone.
 """
 
 from taperlit.callbacks.alignment import AlignmentFreeze

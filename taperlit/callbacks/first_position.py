@@ -86,7 +86,8 @@ class FirstPosition(L.Callback):
         closed = gate.plan.closed_by
         if closed is not None and end <= closed and not trainer.fast_dev_run:
             raise TaperlitError(
-                f"FirstPosition ends at step {end}, not after the gate, which closes at step {closed}; raise end."
+                f"FirstPosition ends at step {end}, not after the gate, which closes at step {closed}; raise end, or "
+                "let the gate close earlier (a resumed run keeps its end)."
             )
         self._ceiling = 1.0 if gate.phase is Phase.NORMALIZE or gate.first is None else gate.first.item()
 

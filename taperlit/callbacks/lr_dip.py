@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from taperlit.callbacks.in_step import ScaledInStep
 from taperlit.norm import TaperNorm, shared_gate
@@ -25,8 +26,9 @@ class LearningRateDip(L.Callback):
 
     The learning rate is multiplied as an optimizer's step begins and put back as it ends, in every group of every
     optimizer, so that no scheduler, whichever it is, and no checkpoint sees it. ``train/lr`` of
-    :class:`taperlit.LanguageModel` is the one in use; Lightning's LearningRateMonitor logs the scheduler's. Steps are
-    those that ``trainer.global_step`` counts. A resumed run goes on as the unbroken one.
+    :class:`taperlit.LanguageModel` is the one in use, but for 16-mixed precision, where it is the scheduler's, which
+    Lightning's LearningRateMonitor logs. Steps are those that ``trainer.global_step`` counts. A resumed run goes on as
+    the unbroken one.
 
     Example::
 
@@ -72,6 +74,8 @@ class LearningRateDip(L.Callback):
         """Note which norms are past their boundary already, and follow the optimizers."""
         if self._lowest is None:
             self._lowest = self._norms[0].gate.number()
+            if all(norm.own_gate_at(self._lowest) < 1 for norm in self._norms):
+                rank_zero_info("LearningRateDip: the gate has begun to fall already, so that there is no dip.")
         self._rate.follow(trainer, lambda: self._multiplier(trainer.global_step + 1))
 
     def _multiplier(self, step: int) -> float:

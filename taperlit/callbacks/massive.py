@@ -64,7 +64,8 @@ class ShrinkMassive(L.Callback):
 
     Raises:
         TaperlitError: a value out of its range; before the first step, if the model has no TaperNorm or no linear map
-            of that kind, ``end`` is not between ``begin`` and the end of the warm-up, or the gate is below 1; in it,
+            of that kind, ``end`` is not between ``begin`` and the end of the warm-up, the gate is below 1, or a resumed
+            run is past ``begin`` and had no ShrinkMassive; in it,
             if a massive weight is sharded or not trained.
     """
 
@@ -126,6 +127,10 @@ class ShrinkMassive(L.Callback):
         if gate is not None and gate.value.item() < 1:
             raise TaperlitError(
                 "ShrinkMassive came to a gate that is below 1 already; shrink before the taper, or go on without."
+            )
+        if self._found is None and not self._seen and trainer.global_step >= begin:
+            raise TaperlitError(
+                f"ShrinkMassive came after step {begin}, up to which it measures; begin anew with it, or go on without."
             )
         if self._found is None:
             self._listen(pl_module, norms)

@@ -58,5 +58,6 @@ def find_boundary(trainer: L.Trainer, pl_module: L.LightningModule, at: int | fl
     else:
         raise TaperlitError(f"{who} needs to know when to freeze: add a GateSchedule to the callbacks, or give it at=.")
     if boundary.step < 1:
-        raise TaperlitError(f"{who} has no steps to gather statistics in; make the gate's warm-up at least 1 step.")
+        mend = "make the gate's warm-up at least 1 step" if at is None else f"raise {who}.at to at least 1 step"
+        raise TaperlitError(f"{who} has no steps before its boundary; {mend}.")
     return boundary

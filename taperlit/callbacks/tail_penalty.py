@@ -224,8 +224,9 @@ class TailPenalty(L.Callback):
         if first and has_targets and self._is_random_due(trainer):
             extra = self._on_random_tokens(trainer, pl_module)
             if extra is not None:
-                # Lightning divides every micro-batch's loss by their number, and this one alone has the random pass.
-                output = with_added(output, self.weight * trainer.accumulate_grad_batches * extra)
+                # Every micro-batch's loss is divided by their number, and this one alone has the random pass.
+                batches = getattr(pl_module, "batches_in_step", lambda: trainer.accumulate_grad_batches)()
+                output = with_added(output, self.weight * batches * extra)
         return output
 
     def _is_random_due(self, trainer: L.Trainer) -> bool:

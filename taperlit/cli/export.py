@@ -30,7 +30,9 @@ def export(
         TaperlitError: an unusable model, outputs that differ from it, or ``out`` exists, or is or holds the model.
     """
     path = named(model)
-    directory = named(out) if out is not None else path.with_name(f"{path.stem}-{to}")
+    # A folded model's folder may have a dot in its name; a sharded checkpoint's ends in .ckpt, as a file's does.
+    stem = path.stem if path.suffix == ".ckpt" else path.name
+    directory = named(out) if out is not None else path.with_name(f"{stem}-{to}")
     require_apart(path, directory)
     if directory.exists() and not force:
         raise TaperlitError(f"{directory} exists; name another --out or pass --force.")

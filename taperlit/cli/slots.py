@@ -181,6 +181,22 @@ def stays_off(args: Sequence[str]) -> list[str]:
     ]
 
 
+def without_norms(args: Sequence[str], config: Namespace) -> list[str]:
+    """A line for each slot that an option of a command turns on, and that ``model.taper`` keeps off.
+
+    Args:
+        args: the command's arguments.
+        config: what they were parsed to.
+    """
+    given = {path[1] for _, file, leaves in walk(args) if file is None for path in leaves if path[0] == "taper"}
+    policy = config.model.taper
+    return [
+        f"taper.{name} has no effect with model.taper {policy}: it is for {', '.join(slot.tapers)}."
+        for name, slot in SLOTS.items()
+        if name in given and policy not in slot.tapers and _spec(config.taper[name], slot) is not None
+    ]
+
+
 def _slots(args: Sequence[str]) -> Iterator[_Slots]:
     states = {name: "full" if slot.on else "empty" for name, slot in SLOTS.items()}
     for taken, file, leaves in walk(args):

@@ -9,9 +9,10 @@ from taperlit.errors import TaperlitError
 def stress_model(model: str, device: str = "auto", seed: int = 0, quick: bool = False, json: str | None = None) -> None:
     """Try a model on tokens and prompts that no text has: do its logits stay finite, and its residuals of one size?
 
-    It is run on every token of its vocabulary alone, on repeated tokens, on random ones, on contexts of all lengths and
-    with the cache, in float32 (as every model is read), bfloat16 and float16. The exit status is 0 where in float32
-    every logit is finite and cached decoding is the forward pass, else 1; for the other two it is told.
+    It is run on every token of its vocabulary alone, on repeated tokens, on random ones, on contexts of all lengths (a
+    spread of them where the context is long) and with the cache, in float32 (as every model is read), bfloat16 and
+    float16. The exit status is 0 where in float32 every logit is finite and cached decoding is the forward pass, else
+    1; for the other two it is told.
 
     Example::
 
@@ -32,6 +33,7 @@ def stress_model(model: str, device: str = "auto", seed: int = 0, quick: bool = 
     from taperlit.bench.results import check_paths, table, write_json
     from taperlit.checkpoint.folded import load_any
     from taperlit.data.tokenizer import parse_tokenizer
+    from taperlit.norm import tapered_norms
     from taperlit.stress import FULL, QUICK, stress
     from taperlit.stress.report import COLUMNS
 
@@ -58,7 +60,8 @@ def stress_model(model: str, device: str = "auto", seed: int = 0, quick: bool = 
         write_json(json, {**facts, "model": model, "ok": report.ok, "verdict": report.verdict()}, rows)
         print(f"wrote {json}")
     if not report.ok:
-        raise TaperlitError(
-            f"{model} fails in {report.own}, see the verdict; train it on with --taper.tail=true and fold it again, or "
-            "leave the norms tapered that need it."
-        )
+        tapered = loaded.structure is not None or bool(tapered_norms(loaded.model))
+        mend = ""
+        if report.nonfinite(report.own) and tapered:
+            mend = "; train it on with --taper.tail=true and fold it again, or leave the norms untapered that need it"
+        raise TaperlitError(f"{model} fails in {report.own}, see the verdict{mend}.")

@@ -28,7 +28,7 @@ from taperlit.cli.overlays import keep_fields, without_effect
 from taperlit.cli.quiet import quiet
 from taperlit.cli.resume import KEYWORDS, check, find_last, look_into
 from taperlit.cli.signals import ToldToStop, how
-from taperlit.cli.slots import SLOTS, add_slots, own_rates, settle, stays_off, turn_on
+from taperlit.cli.slots import SLOTS, add_slots, own_rates, settle, stays_off, turn_on, without_norms
 from taperlit.cli.trainer_options import check_options
 from taperlit.data import TextDataModule
 from taperlit.errors import TaperlitError, Terminated
@@ -109,6 +109,8 @@ class TaperlitCLI(CLI):
             options.weights_only = True  # nothing in a checkpoint of ours needs code to be read
         if command == "predict" and options.return_predictions is None:
             options.return_predictions = False
+        for line in without_norms(sys.argv[1:], options):
+            rank_zero_info(line)
         settled = settle(options, command, own_rates(sys.argv[1:]))
         for slot in SLOTS:
             options.taper[slot] = None  # a value that is there would be merged with the settled one
@@ -143,8 +145,12 @@ class TaperlitCLI(CLI):
                 check_memory(self.model.source.config)
         if keyword in (None, "hpc"):
             options.ckpt_path = slurm_checkpoint(trainer)
-        if keyword == "best" or (keyword == "hpc" and options.ckpt_path is None):
-            raise TaperlitError(f"--ckpt_path {keyword}: this config's runs have none; name the file.")
+        if keyword == "best":
+            raise TaperlitError(
+                "--ckpt_path best is not looked for; name the file: best.ckpt beside the run's last.ckpt."
+            )
+        if keyword == "hpc" and options.ckpt_path is None:
+            raise TaperlitError("--ckpt_path hpc: this config's runs have none; name the file.")
         if command == "fit":
             self._held.enter_context(claimed_folder(trainer))
             if keyword is not None:  # also where --ckpt_path last finds nothing yet, and begins again in the folder

@@ -27,7 +27,7 @@ GROUPS = {
     "config": (
         Option("config", "FILE", "options as YAML; may be given several times, and later ones win"),
         Option("ckpt_path", "FILE", "a checkpoint to go on from, or to evaluate; last is that of the newest run"),
-        Option("seed_everything", "0", "of the first weights and of every draw", "fit"),
+        Option("seed_everything", "0", "of the first weights and of dropout; the order's is data.seed", "fit"),
         Option("print_config", "", "print all options as YAML, as they would be used"),
     ),
     "data": (

@@ -22,7 +22,7 @@ from taperlit.data.loader import BlockSampler, ResumableLoader
 from taperlit.data.sources import Piece, describe_files, expand_globs, python_files, read_files, read_hub
 from taperlit.data.tokenizer import fingerprint, largest_id, load_tokenizer, train_tokenizer
 from taperlit.data.tokens import SPLITS, TokenBlocks, check_tokens, read_meta, split_of, write_tokens
-from taperlit.distributed import data_rank
+from taperlit.distributed import data_rank, gather
 from taperlit.errors import TaperlitError
 from taperlit.ranges import require_range, require_seed
 
@@ -237,7 +237,7 @@ class TextDataModule(L.LightningDataModule):
         """Train or load the tokenizer and write the tokens, unless they are cached; compare them with their checksums.
 
         Of several runs that want the same tokens at once, one prepares them. A cache of over 256 MiB is compared only
-        where a run goes on from a checkpoint.
+        where a run goes on from a checkpoint, once that is loaded.
 
         Raises:
             TaperlitError: no documents, files that cannot be read or written, or a damaged cache.
@@ -247,9 +247,8 @@ class TextDataModule(L.LightningDataModule):
             with _one_at_a_time(path):
                 if not _is_there(path):
                     write_directory(path, self._fill)
-        resumes = self.trainer is not None and self.trainer.ckpt_path is not None
         with _damage_told(path):
-            check_tokens(path, at_most=None if resumes else CHECKED_ALWAYS)
+            check_tokens(path, at_most=CHECKED_ALWAYS)
 
     def _fill(self, directory: Path) -> None:
         h = self.hparams
@@ -270,7 +269,7 @@ class TextDataModule(L.LightningDataModule):
         """Map the tokens.
 
         Raises:
-            TaperlitError: a damaged cache, or too few tokens for one batch of either split.
+            TaperlitError: a damaged cache, or too few tokens to validate one block or, in a fit, to train one batch.
         """
         path = self.cache_path()
         with _damage_told(path):
@@ -287,7 +286,8 @@ class TextDataModule(L.LightningDataModule):
         if stage == "fit" and len(self._blocks["train"]) < self.hparams.batch_size * world_size:
             raise TaperlitError(
                 f"The training split has {len(self._blocks['train'])} blocks of {self.block_size} tokens, less than "
-                f"one batch of {self.hparams.batch_size * world_size}; lower data.batch_size or add text."
+                f"one batch of {self.hparams.batch_size * world_size}; lower data.batch_size or data.block_size, or "
+                "add text."
             )
 
     def _sampler(self, split: str, train: bool) -> BlockSampler:
@@ -369,3 +369,16 @@ class TextDataModule(L.LightningDataModule):
                 f"The checkpoint's run had {blocks} blocks a batch over all processes; resume it with data.batch_size "
                 f"{ways}."
             )
+        self._check_large_files()
+
+    def _check_large_files(self) -> None:
+        """Compare what ``prepare_data`` left at its size, on the first process of each machine, for all of them."""
+        path, found = self.cache_path(), None
+        if self.trainer.local_rank == 0:
+            try:
+                with _damage_told(path):
+                    check_tokens(path, more_than=CHECKED_ALWAYS)
+            except TaperlitError as error:
+                found = str(error)
+        if told := next((each for each in gather(found) if each is not None), None):
+            raise TaperlitError(told)

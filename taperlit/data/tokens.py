@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -148,12 +149,13 @@ def read_meta(directory: Path) -> dict:
     return meta
 
 
-def check_tokens(directory: Path, at_most: int | None = None) -> None:
+def check_tokens(directory: Path, at_most: float = math.inf, more_than: int = -1) -> None:
     """Compare every byte of a cache with its checksum, and every token with its tokenizer's largest id.
 
     Args:
         directory: that :func:`write_tokens` filled.
-        at_most: leave it at its size for a file of more bytes than this.
+        at_most: leave out files of more bytes than this.
+        more_than: leave out files of no more bytes than this.
 
     Raises:
         OSError: a file is missing.
@@ -161,14 +163,14 @@ def check_tokens(directory: Path, at_most: int | None = None) -> None:
     """
     meta = read_meta(directory)
     for name in FILES:
-        if name == "meta.json" or (at_most is not None and (directory / name).stat().st_size > at_most):
+        if name == "meta.json" or not more_than < (directory / name).stat().st_size <= at_most:
             continue
         if checksum(directory / name) != meta[CHECKSUMS][name]:
             raise ValueError(f"{name} is not as it was written")
     limit = largest_id(parse_tokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), "in it"))
     for split in SPLITS:
         path = directory / f"{split}.bin"
-        if path.stat().st_size and (at_most is None or path.stat().st_size <= at_most):
+        if max(0, more_than) < path.stat().st_size <= at_most:
             largest = int(np.memmap(path, dtype=meta["dtype"], mode="r").max())
             if largest > limit:
                 raise ValueError(f"{path.name} has the token {largest}, and its tokenizer's largest is {limit}")

@@ -295,8 +295,9 @@ def _with_weights(place: _Place) -> _Place:
     if missing and files == [WEIGHTS]:
         raise TaperlitError(
             f"{place.name} has no {WEIGHTS}; pickled weights (.bin, .pt) can run code when they are read, so they are "
-            f"not. If you trust them, convert them: transformers.AutoModelForCausalLM.from_pretrained({place.name!r})"
-            ".save_pretrained(FOLDER)."
+            "not. If you trust them, convert them: transformers.AutoModelForCausalLM.from_pretrained("
+            f"{place.name if place.on_hub else str(place.folder)!r}).save_pretrained(FOLDER), and AutoTokenizer "
+            "likewise."
         )
     if missing:
         raise TaperlitError(f"{place.name} has no {missing[0]}, which its {INDEX} names; download it again.")
@@ -394,7 +395,8 @@ def _check_config(name: str, config: dict[str, Any], remote_code: bool) -> None:
     if not remote_code:
         raise TaperlitError(
             f"{name} is a {kind}, which transformers can only build by running the code that comes with the model; if "
-            "you trust it, set remote_code (--model.remote_code true)."
+            "you trust it, `taperlit fit --model.remote_code true` trains it, and "
+            "load_pretrained(..., remote_code=True) loads it."
         )
 
 

@@ -26,7 +26,7 @@ def measure_fold(run: Run, command: str) -> Path:
         TaperlitError: one of them is missing, unreadable, or of a model that is not decoded.
     """
     if not run.folded or run.checkpoint is None or run.checkpoint.name != "last.ckpt":
-        missing = "folded model" if run.checkpoint is not None else "checkpoints/last.ckpt"
+        missing = "checkpoints/last.ckpt" if run.folded else "folded model"
         raise TaperlitError(f"{run.folder} has no {missing}, so there is nothing to measure; leave --measure out.")
     import torch
 

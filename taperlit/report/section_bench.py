@@ -22,10 +22,10 @@ def bench_section(run: Run, parts: Parts) -> Iterator[Element]:
     for each in parts.benches:
         yield from _bench(each)
     if not parts.benches and not parts.problems.get("bench"):
-        if run.folded and run.checkpoint is not None:
+        if run.folded and run.checkpoint is not None and run.checkpoint.name == "last.ckpt":
             yield missing("Nothing was measured. Measure decoding before and after folding:", commands.measure(run))
         else:
-            yield missing("Nothing was measured: that takes a folded model and the checkpoint that it was made of.")
+            yield missing("Nothing was measured: that takes a folded model and last.ckpt, which it was made of.")
 
 
 def _bench(each: Bench) -> Iterator[Element]:

@@ -19,8 +19,7 @@ WITHOUT_A_GATE = ("none", "dyt", "derf", "fakeln")  # values of model.taper
 def traces_section(run: Run) -> Iterator[Element]:
     """The charts, one line on what was not logged, and every trace in figures."""
     if not run.traces:
-        text = "There are no traces: no logger of the run wrote TensorBoard's files or metrics.csv. Train on with one:"
-        yield missing(text, commands.go_on(run)) if commands.can_go_on(run) else missing(text.partition(" Train")[0])
+        yield missing("There are no traces: no logger of the run wrote TensorBoard's files or metrics.csv.")
         return
     main = [(group, _chart(group, run)) for group in MAIN]
     yield el("div", [chart for _, chart in main], class_="charts")

@@ -222,7 +222,7 @@ class _Subject:
             yield self._case("repeated tokens", [plan.repeated])[0]
             yield self._case("random tokens", [plan.random])[0]
         if plan.contexts:
-            yield self._case("random contexts of all lengths", plan.contexts)[0]
+            yield self._case(f"random contexts of {len(plan.contexts)} lengths", plan.contexts)[0]
         if plan.runs and decoder is not None:
             yield self._cached(plan, decoder)
 

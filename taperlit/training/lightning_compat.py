@@ -306,6 +306,11 @@ class CheckpointCallback(ModelCheckpoint):
     def before_saving(self, trainer: L.Trainer) -> None:
         """Called on every process when a checkpoint is about to be saved."""
 
+    def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Any]) -> None:
+        # Lightning asks in all places but the end of training, where it would write over a run's last.ckpt.
+        if not trainer.fast_dev_run:
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         self.before_saving(trainer)
         super()._save_checkpoint(trainer, filepath)

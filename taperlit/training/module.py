@@ -68,7 +68,7 @@ class LanguageModel(L.LightningModule):
         overrides: fields of the preset to change.
         lr: peak learning rate.
         betas: of AdamW.
-        weight_decay: of AdamW; norms, biases and embeddings get none.
+        weight_decay: of AdamW; norms, biases and embeddings get none, but DyT's and Derf's parameters do.
         warmup: linear warm-up, in steps (int) or as a fraction of ``trainer.max_steps`` (float).
         min_lr_ratio: the cosine ends at this fraction of ``lr``.
         decay_start: where the cosine begins, in steps (int) or as a fraction of ``trainer.max_steps`` (float); 0 is the
@@ -173,15 +173,18 @@ class LanguageModel(L.LightningModule):
                     f"{self.vocab_size - 1}; leave the text with that token out of the data, or use another model."
                 )
         elif vocab_size > self.vocab_size:
+            mend = f"model.overrides.vocab_size to {vocab_size}"
+            if stage != "fit":  # a checkpoint's model, which is as it is
+                mend = "data.tokenizer to the tokenizer.json beside the checkpoint's run"
             raise TaperlitError(
-                f"The tokenizer's ids go up to {vocab_size - 1} and the model's to {self.vocab_size - 1}; set "
-                f"model.overrides.vocab_size to {vocab_size}."
+                f"The tokenizer's ids go up to {vocab_size - 1} and the model's to {self.vocab_size - 1}; set {mend}."
             )
         if block_size > self.block_size:
-            mend = "lower data.block_size" if isinstance(self.source, Pretrained) else "set model.overrides.block_size"
+            mend = f"set model.overrides.block_size to {block_size}"
+            if stage != "fit" or isinstance(self.source, Pretrained):
+                mend = f"lower data.block_size to {self.block_size}"
             raise TaperlitError(
-                f"data.block_size {block_size} is more than the model's context {self.block_size}; {mend} to "
-                f"{self.block_size if isinstance(self.source, Pretrained) else block_size}."
+                f"data.block_size {block_size} is more than the model's context {self.block_size}; {mend}."
             )
 
     def _check_own_tokenizer(self, source: Pretrained, tokenizer_json: str | None) -> None:
@@ -226,6 +229,12 @@ class LanguageModel(L.LightningModule):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     local(parameter.grad).mul_(batches / len(self._losses))
+
+    def batches_in_step(self) -> int:
+        """Over how many batches the gradient of the step under way is the mean; asked after the loss of one of them."""
+        wanted, done = self.trainer.accumulate_grad_batches, self.trainer.fit_loop.batch_idx
+        left = min(wanted - done % wanted, self.trainer.num_training_batches - done)  # with the batch under way
+        return len(self._losses) - 1 + int(left)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Add one batch to val/loss and val/perplexity; returns its (B, T) token losses."""

@@ -18,7 +18,7 @@ class Settings(NamedTuple):
     Args:
         lr: peak learning rate.
         betas: of AdamW.
-        weight_decay: of AdamW; norms, biases and embeddings get none.
+        weight_decay: of AdamW; norms, biases and embeddings get none, but DyT's and Derf's parameters do.
         warmup: steps of the linear warm-up.
         total: step at which the cosine ends.
         min_lr_ratio: it ends at this fraction of ``lr``.

@@ -44,7 +44,7 @@ def apply_policy(model: Transformer | CausalLM, policy: Policy, bias: bool = Fal
     if isinstance(model, Transformer):
         taper(model, {"attention": ["blocks.*.attn_norm"], "internal": ["blocks.*"], "all": ["*"]}[policy], bias=bias)
         return {}
-    names, left = foldable_norms(model)
+    names, left = foldable_norms(model, bias)
     if policy == "attention":
         names = [name for name in names if role_of(model, name) == "attention"]
     if policy == "all":

@@ -183,7 +183,7 @@ def test_words_and_numbers_that_are_none_are_refused(options, words):
         ({"least": 0.5, "latest": 5}, "takes 6 steps at least and 5 at most; raise latest"),
         ({"latest": 0.7, "end": 8}, "ends at step 8, not after its warm-up of 8; raise end"),
         ({"latest": 13, "end": 0.9}, "latest is 13 steps, longer than the run"),
-        ({"least": 0}, "no steps to gather statistics"),
+        ({"least": 0}, "no steps before its boundary"),
     ],
 )
 def test_boundaries_that_make_no_sense_are_refused_before_the_first_step(tmp_path, options, words):

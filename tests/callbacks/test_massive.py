@@ -155,6 +155,18 @@ def test_norms_hardly_see_it(tmp_path):
     assert torch.cosine_similarity(before, after, dim=-1).min() > 0.9
 
 
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+def test_begun_too_late_to_measure_it_says_so(tmp_path, stop):
+    fit(tmp_path, Blocks(), *callbacks()[:2], Stop(stop)).save_checkpoint(tmp_path / "last.ckpt")
+    if stop < 2:  # one of its two steps is left
+        mine = callbacks()
+        fit(tmp_path, Blocks(), *mine, ckpt_path=tmp_path / "last.ckpt")
+        assert [*mine[2].state_dict()["found"]] == ["blocks.0.down"]
+        return
+    with pytest.raises(TaperlitError, match="came after step 2, up to which it measures; begin anew with it"):
+        fit(tmp_path, Blocks(), *callbacks(), ckpt_path=tmp_path / "last.ckpt")
+
+
 def test_nothing_massive_changes_nothing(tmp_path):
     model = Blocks(planted=False)
     before = state_of(model)

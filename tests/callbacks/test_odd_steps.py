@@ -6,7 +6,7 @@ import torch
 from toy import Moments, Stop, Toy, fit, same, scalars, state_of
 
 from taperlit import AlignmentFreeze, FoldOnEnd, GateSchedule, ScaleAnchor, TaperMonitor
-from taperlit.callbacks import FiniteGuard, RngState, TailPenalty
+from taperlit.callbacks import FiniteGuard, RngState, RunCheckpoint, TailPenalty
 from taperlit.errors import TaperlitError
 from taperlit.norm import shared_gate, tapered_norms
 
@@ -26,7 +26,15 @@ def everything(folder):
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_fast_dev_run_goes_through_every_phase_and_writes_nothing(tmp_path, steps):
     model = Toy()
-    fit(tmp_path, model, *everything(tmp_path / "folded"), fast_dev_run=steps)
+    (tmp_path / "last.ckpt").write_text("a run's")
+    fit(
+        tmp_path,
+        model,
+        *everything(tmp_path / "folded"),
+        RunCheckpoint(dirpath=tmp_path),
+        fast_dev_run=steps,
+        enable_checkpointing=True,
+    )
     assert len(model.gates) == steps
     assert model.gates[0] == 1.0
     if steps > 1:
@@ -34,7 +42,8 @@ def test_fast_dev_run_goes_through_every_phase_and_writes_nothing(tmp_path, step
         assert all(norm.frozen for norm in tapered_norms(model).values())
     if steps > 2:
         assert 0 < model.gates[1] < 1
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert (tmp_path / "last.ckpt").read_text() == "a run's"
 
 
 def test_fast_dev_run_takes_boundaries_that_are_meant_for_the_whole_run(tmp_path):

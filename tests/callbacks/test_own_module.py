@@ -251,7 +251,7 @@ def test_an_idle_branch_neither_decays_nor_gathers_moments(tmp_path):
         ([GateSchedule(), AlignmentFreeze(), ScaleAnchor("final")], {}, "no module 'final' in Classifier"),
         ([GateSchedule(warmup=30), AlignmentFreeze()], {}, "longer than the run's 20"),
         ([GateSchedule(warmup=15, end=0.5), AlignmentFreeze()], {}, "ends at step 10, not after its warm-up of 15"),
-        ([GateSchedule(warmup=0), AlignmentFreeze()], {}, "no steps to gather statistics"),
+        ([GateSchedule(warmup=0), AlignmentFreeze()], {}, "no steps before its boundary"),
         ([GateSchedule(), AlignmentFreeze()], {"steps": -1, "max_epochs": 2}, "set trainer.max_steps"),
         ([TaperMonitor(residual="nowhere")], {}, "no module 'nowhere'"),
     ],

@@ -108,7 +108,7 @@ def test_nothing_stays_at_the_gate(tmp_path, fails):
     ("callbacks", "words"),
     [
         ([GateSchedule(4, 8), AlignmentFreeze(at=5)], "AlignmentFreeze.at is step 5, after the gate's warm-up of 4"),
-        ([AlignmentFreeze(at=0.01)], "no steps to gather statistics"),
+        ([AlignmentFreeze(at=0.01)], "no steps before its boundary; raise AlignmentFreeze.at to at least 1 step"),
     ],
 )
 def test_boundaries_that_make_no_sense_are_refused_before_the_first_step(tmp_path, callbacks, words):

@@ -75,6 +75,12 @@ def test_a_checkpoint(tiny, tmp_path, capsys):
     assert not (tmp_path / "last-onnx" / "tokenizer.json").exists()
 
 
+def test_a_folder_with_a_dot_in_its_name_gives_its_whole_name(folded, capsys):
+    dotted = folded.rename(folded.with_name("llama-3.2-1b"))
+    assert main(["export", "--to=onnx", "--model", str(dotted)]) == 0, capsys.readouterr().err
+    assert f"wrote {dotted}-onnx" in capsys.readouterr().out
+
+
 def test_the_folder_one_is_in_is_a_path_too(folded, monkeypatch, capsys):
     monkeypatch.chdir(folded)
     assert main(["export", "--to=onnx", "--model=."]) == 0, capsys.readouterr().err

@@ -187,14 +187,23 @@ def test_whatever_becomes_of_a_caches_description_is_told(tmp_path_factory, data
         check_tokens(directory)
 
 
-def test_a_large_cache_is_compared_where_a_run_goes_on(corpus, monkeypatch):
+def test_a_large_cache_is_compared_where_a_run_goes_on(corpus, tmp_path, monkeypatch):
+    def fit(steps, ckpt_path=None, what="fit"):
+        shape = {"vocab_size": 300, "block_size": 32, "n_layer": 1, "n_head": 2, "d_model": 8, "d_ff": 8}
+        options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(max_steps=steps, enable_model_summary=False, limit_val_batches=1, **options)
+        module = LanguageModel("small_1m", taper="none", overrides=shape)
+        getattr(trainer, what)(module, datamodule=build(corpus), ckpt_path=ckpt_path)
+        return trainer
+
     data = build(corpus)
+    fit(1).save_checkpoint(tmp_path / "one.ckpt")
     monkeypatch.setattr(data_module, "CHECKED_ALWAYS", 10)
     damage(data.cache_path() / "train.bin", "flipped")
-    again = build(corpus)  # begins, and is trusted
-    again.trainer = SimpleNamespace(ckpt_path="last.ckpt")
+    fit(1)  # begins, and trusts what is there
     with pytest.raises(TaperlitError, match=r"train\.bin is not as it was written"):
-        again.prepare_data()
+        fit(2, tmp_path / "one.ckpt")
+    fit(1, tmp_path / "one.ckpt", "validate")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +219,7 @@ def test_a_large_cache_is_compared_where_a_run_goes_on(corpus, monkeypatch):
 )
 def test_the_advice_on_another_number_of_processes_can_be_followed(corpus, monkeypatch, blocks, processes, ways):
     data = build(corpus, batch_size=5)
-    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), world_size=1)
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), world_size=1, local_rank=0)
     monkeypatch.setattr(data_module, "data_rank", lambda trainer: (0, processes))
     state = {**data.state_dict(), "global_batch": blocks}
     told = f"had {blocks} blocks a batch over all processes; resume it with data.batch_size {ways}."

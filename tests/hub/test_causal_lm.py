@@ -141,6 +141,25 @@ def test_a_kind_of_norm_that_only_a_late_block_has_is_found():
     assert [*left] == ["post_attention_layernorm"]  # which that norm reads
 
 
+@torch.no_grad()
+def test_a_norm_whose_bias_no_map_can_take_is_left():
+    family = FAMILIES["Mixtral"]  # whose experts' matrices are one parameter, without biases
+    model = CausalLM(family.make(), Origin("Mixtral", {}))
+    names, left = foldable_norms(model, bias=True)
+    assert {name.rpartition(".")[2] for name in names} == {"input_layernorm"}
+    assert any("has no bias to take the norm's" in reader for reader in left["post_attention_layernorm"])
+    plain, _ = foldable_norms(model)
+    assert {name.rpartition(".")[2] for name in plain} == {"input_layernorm", "post_attention_layernorm"}
+    apply_policy(model, "internal", bias=True)
+    for norm in tapered_norms(model).values():
+        norm.taper_bias.normal_()
+    shared_gate(model).set(0.0)
+    tokens = TOKENS % model.vocab_size
+    before = model(tokens)
+    fold(model, lambda: model(tokens))
+    torch.testing.assert_close(model(tokens), before, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_that_does_not_run_in_float64_is_refused_in_a_line():
     model = wrapped("llama")
     model.blocks[0].mlp.forward = lambda x: x * {torch.float32: 1}[x.dtype]

@@ -363,7 +363,9 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for(folder, tmp_path,
     (folder / "modeling_own.py").write_text(MODELING.format(marker=str(tmp_path / "ran")))
     maps = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     change_config(folder, model_type="own_kind", auto_map=maps)
-    words = r"some-llama is a own_kind, .* running the code that comes with the model; .* \(--model.remote_code true\)"
+    words = (
+        r"some-llama is a own_kind, .* the code that comes with the model; .* `taperlit fit --model.remote_code true`"
+    )
     refused(folder, words)
     with pytest.raises(TaperlitError, match=words):
         read_origin(str(folder))
@@ -565,9 +567,8 @@ def test_pickled_weights_are_refused_until_they_are_converted(folder, tmp_path):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     words = refused(folder, "some-llama has no model.safetensors; pickled weights .* can run code")
-    advice = words[words.index("transformers.AutoModelForCausalLM") :].rstrip(".")
-    advice = advice.replace("'some-llama'", repr(str(folder))).replace("FOLDER", repr(str(tmp_path / "converted")))
-    exec(advice, {"transformers": tf})
+    advice = words[words.index("transformers.AutoModelForCausalLM") : words.index(", and AutoTokenizer likewise")]
+    exec(advice.replace("FOLDER", repr(str(tmp_path / "converted"))), {"transformers": tf})
     assert torch.equal(logits(load_pretrained(str(tmp_path / "converted"))), expected(small_models.build("llama")))
 
 

@@ -148,6 +148,13 @@ def test_what_goes_wrong_is_one_line(tmp_path, shards, capsys):
     assert "lower warmup, or raise end" in error_of(capsys, "fit", *base, "--taper.gate.warmup=100")
     assert "No preset 'gpt9'" in error_of(capsys, "fit", *base, "--model.preset=gpt9")
     assert "set model.overrides.vocab_size to 305" in error_of(capsys, "fit", *base, "--data.vocab_size=305")
+    evaluate = ["validate", *base, "--ckpt_path", ckpt]
+    line = error_of(capsys, *evaluate, "--data.vocab_size=305")
+    assert "set data.tokenizer to the tokenizer.json beside the checkpoint's run" in line
+    assert main([*evaluate, "--data.vocab_size=305", f"--data.tokenizer={run / 'tokenizer.json'}"]) == 0
+    assert "lower data.block_size to 32" in error_of(capsys, *evaluate, "--data.block_size=64")
+    assert main([*evaluate, "--data.block_size=32"]) == 0
+    assert "best is not looked for; name the file" in error_of(capsys, "fit", *base, "--ckpt_path=best")
     other = ["--data.vocab_size=290", "--ckpt_path", str(last)]
     assert "tokenizer" in error_of(capsys, "validate", *base, *other)
     other = ["--data.max_documents=50", "--data.tokenizer", str(run / "tokenizer.json"), "--ckpt_path", str(last)]

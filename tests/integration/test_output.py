@@ -63,10 +63,19 @@ def test_a_run_that_will_not_validate_says_so(tmp_path, corpus, said):
     (line,) = [line for line in said if line.startswith("val ")]
     assert line.split(maxsplit=1)[1] == "never: trainer.val_check_interval is 5, and the run has 4 batches; lower it"
     assert not any(line.startswith("val/loss") for line in said)
+    assert not any("no effect" in line for line in said)
     said.clear()
     assert main([*args, *options, "--trainer.val_check_interval=4"]) == 0  # as it says
     assert any(line.startswith("val/loss") for line in said)
     assert not any(line.startswith("val ") for line in said)
+
+
+def test_a_slot_that_the_taper_keeps_off_is_told(tmp_path, corpus, said):
+    args = fit_command(tmp_path, f"{corpus}/*.py", "--model.taper=none", "--trainer.max_steps=1")
+    assert main([*args, "--taper.tail=true", "--taper.hold=false"]) == 0
+    (line,) = [line for line in said if "taper.tail" in line]
+    assert line == "taper.tail has no effect with model.taper none: it is for attention, internal, all."
+    assert not any("taper.hold" in line for line in said)
 
 
 def test_only_what_nobody_can_mend_is_kept_back(said):

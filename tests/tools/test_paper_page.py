@@ -703,6 +703,13 @@ def test_decoding_on_two_devices_is_not_mixed(tmp_path):
             row["ratio"] = 9.5
     (tmp_path / "bench_decode_cuda.json").write_text(json.dumps({**told, "device": "a GPU"}))
     paths = decode.find(tmp_path / "paper")
+    skipped = {
+        **told,
+        "rows": [{**told["rows"][0], "tokens_per_s": None, "ttft_ms": None, "ratio": None, "skipped": "no engine"}],
+    }
+    (tmp_path / "bench_decode_skipped.json").write_text(json.dumps(skipped))
+    assert any("| no engine |" in line for line in decode.section([tmp_path / "bench_decode_skipped.json"]).lines)
+    (tmp_path / "bench_decode_skipped.json").unlink()
     section = decode.section(paths)
     devices = {row[1] for row in section.rows if row[section.columns.index("ratio")] == 9.5}
     assert devices == {"a GPU"}

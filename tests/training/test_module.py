@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from taperlit import AlignmentFreeze, GateSchedule, LanguageModel, ScaleAnchor
+from taperlit import AlignmentFreeze, GateSchedule, LanguageModel, ScaleAnchor, TailPenalty
 from taperlit.callbacks import TokenThroughput
 from taperlit.errors import TaperlitError
 from taperlit.norm import tapered_norms
@@ -132,6 +132,31 @@ def test_a_step_over_fewer_batches_has_their_mean(tmp_path, clip):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     assert module.trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+
+
+def test_a_random_pass_counts_as_much_in_a_short_step(tmp_path, monkeypatch):
+    def gradients(extra):
+        monkeypatch.setattr(
+            TailPenalty,
+            "_on_random_tokens",
+            lambda self, trainer, module: module.model.head.weight.sum() if extra else None,
+        )
+        torch.manual_seed(0)
+        module, seen = LanguageModel("small_1m", "internal", SHAPE, lr=1e-20), []
+
+        class Watch(L.Callback):
+            def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+                seen.append(pl_module.model.head.weight.grad.clone())
+
+        callbacks = [GateSchedule(1, 3), AlignmentFreeze(), TailPenalty(weight=0.25, random_every=1), Watch()]
+        trainer(tmp_path, steps=3, callbacks=callbacks, accumulate_grad_batches=4).fit(module, blocks(40))
+        return seen
+
+    with_pass, without = gradients(True), gradients(False)
+    assert len(without) == 3  # over four batches, four, and two; there are no targets in the first step
+    for step, share in enumerate((0.0, 0.25, 0.25)):
+        difference = with_pass[step] - without[step]
+        torch.testing.assert_close(difference, torch.full_like(difference, share), rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_not_hidden(tmp_path):

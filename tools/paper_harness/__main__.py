@@ -37,12 +37,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("names", nargs="+", choices=[*names, "all", "report"], metavar="NAME", help=", ".join(names))
     parser.add_argument("--size", default="nano", choices=list(SIZES), help="of the model (default: nano)")
     parser.add_argument("--corpus", default="gcide", choices=list(corpus.CORPORA), help="(default: gcide)")
-    parser.add_argument("--seeds", nargs="+", type=int, help="of pretrain and length; schedule takes the first")
-    parser.add_argument("--lengths", nargs="+", type=float, help="of length and ideas, in tokens per parameter")
+    parser.add_argument("--seeds", nargs="+", type=int, help="(default: the size's); schedule takes the first")
+    parser.add_argument("--lengths", nargs="+", type=float, help="of length, ideas and ours, in tokens per parameter")
     parser.add_argument("--tokens-per-parameter", type=float, help="of pretrain, gradnorm, logit_chasing and ideas")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: the size's)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the size's); short draws its own")
     parser.add_argument("--variants", nargs="+", choices=list(POLICIES), help="none but these, and the baseline")
-    parser.add_argument("--ideas", nargs="+", choices=list(IDEAS), help="of ideas (default: the size's)")
+    parser.add_argument(
+        "--ideas", nargs="+", choices=list(IDEAS), help="of ideas (default: the size's) and short (default: none)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that train at once (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each of them (default: 1)")
     parser.add_argument("--accelerator", default="auto", help="as Lightning names it (default: auto)")

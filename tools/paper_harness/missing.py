@@ -58,7 +58,7 @@ def missing(runs: Sequence[StoredRun], out: Path) -> list[Missing]:
         found.append(Missing("decoding", "", "tools/paper decode"))
     if not any("cuda" in path.name for path in decode.find(out)):
         command = (
-            "taperlit bench decode --device cuda --dtype bfloat16 --batch '[1, 4]' --prompt '[128, 256, 512]' "
+            "taperlit bench decode --device cuda --dtype bfloat16 --batch '[1, 4]' --prompt '[128, 256, 448]' "
             "--json docs/results/bench_decode_cuda.json"
         )
         found.append(Missing("decoding on a GPU, as the paper's", "a GPU", command))

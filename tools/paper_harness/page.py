@@ -94,7 +94,7 @@ def _write(section: Section, out: Path) -> list[str]:
         text += [f"![{section.title}]({picture.name})", "", f"*{section.caption}*", ""]
     text += [
         *section.lines,
-        f"Every row: [{section.name}.csv]({section.name}.csv). Again: `tools/paper {section.name}`.",
+        f"Every row: [{section.name}.csv]({section.name}.csv), by `tools/paper report` of the stored runs.",
     ]
     (out / f"{section.name}.md").write_text("\n".join(text) + "\n")
     return [*text, ""]

@@ -56,15 +56,16 @@ def section(paths: Sequence[Path]) -> Section:
 
 def _table(rows: Sequence[tuple[str, Row, Row]]) -> list[str]:
     header = ["model", "batch", "type", "engine", "variant", "tokens/s", "over normalized", "first token"]
-    header += ["kernels per token", "rounds"]
+    header += ["kernels per step", "rounds"]
     cells = []
     for _, _, row in rows:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}x ({row['low']:.2f} to {row['high']:.2f})"
         count = row.get("kernels_per_token")
         kernels = "" if count is None else f"{count:g}"
+        rate, first = ("", "") if "skipped" in row else (f"{row['tokens_per_s']:.0f}", f"{row['ttft_ms']:.1f} ms")
         cells.append([
-            row["preset"], str(row["batch"]), row["dtype"], row["backend"], row["variant"],
-            f"{row['tokens_per_s']:.0f}", ratio, f"{row['ttft_ms']:.1f} ms", kernels, str(row["rounds"]),
+            row["preset"], str(row["batch"]), row["dtype"], row["backend"], row["variant"], rate,
+            row.get("skipped", ratio), first, kernels, str(row["rounds"]),
         ])  # fmt: skip
     return markdown(header, cells, left=5)
 

@@ -30,6 +30,15 @@ class Target(NamedTuple):
     holds: bool
 
 
+def _commands(runs: Sequence[StoredRun]) -> str:
+    sizes = grouped([run for run in runs if run.setup.size.endswith("_unit")], lambda run: run.setup.size)
+    commands = [
+        f"`tools/paper ours --size {size} --seeds {' '.join(map(str, sorted({run.settings['seed'] for run in own})))}`"
+        for size, own in sizes.items()
+    ]
+    return f" All pairs: {' and '.join(commands)}." if commands else ""
+
+
 def section(runs: Sequence[StoredRun]) -> Section:
     """The tables, the rows and the figure of the runs."""
     picked = without_doubles(runs)
@@ -37,8 +46,7 @@ def section(runs: Sequence[StoredRun]) -> Section:
         f"Ours is the idea `{OURS}` in the sizes whose embeddings are of one size (`_unit`); beside it the same length "
         "of the plain size with the paper's own settings. Gaps are to the baseline of the same model, seed and length, "
         "and losses compare across models. FakeLN, DyT and Derf stand in the tables of a length that they ran at. What "
-        "the columns are is told at the ideas. All pairs: "
-        "`tools/paper ours --size nano_unit --seeds 0 1 2 3`.",
+        f"the columns are is told at the ideas.{_commands(picked.runs)}",
         "",
     ]
     rows, drawn, claims = [], [], []
