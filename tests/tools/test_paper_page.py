@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import statistics as standard
 import sys
 from functools import cache
@@ -805,11 +806,17 @@ def test_the_papers_sizes_stand_beside_ours_once_they_are_run(tmp_path):
     assert any("`pretrain` at small_1m on tinystories" in one.what for one in told)
 
 
-def test_an_experiment_is_written_from_its_records_alone(tmp_path):
+def test_an_experiment_is_written_from_what_is_stored(tmp_path):
     out = tmp_path / "paper"
-    page.write_experiment("pretrain", [run.record for run in PICK["pretrain"](stored())], out)
-    assert {path.name for path in out.iterdir()} == {"pretrain.csv", "pretrain.md", "pretrain.png"}
-    page.write_experiment("pretrain", [], out)  # a picture of what is gone would be wrong
+    (out / "runs").mkdir(parents=True)
+    for run in stored():
+        (out / f"runs/{run.key}.json").write_text(json.dumps(run.record))
+    page.write_experiments(["pretrain"], out)
+    assert {path.name for path in out.iterdir()} == {"runs", "pretrain.csv", "pretrain.md", "pretrain.png"}
+    rows = list(csv.DictReader((out / "pretrain.csv").open()))
+    assert len(rows) == len(pretrain.section(PICK["pretrain"](stored())).rows) > 5
+    shutil.rmtree(out / "runs")
+    page.write_experiments(["pretrain"], out)  # a picture of what is gone would be wrong
     assert {path.name for path in out.iterdir()} == {"pretrain.csv", "pretrain.md"}
     assert "No runs yet" in (out / "pretrain.md").read_text()
 

@@ -95,13 +95,11 @@ def main(argv: list[str] | None = None) -> None:
     workers.do_all(together, place, args.workers)
     from paper_harness import page  # matplotlib, which nothing before needs
 
-    for name, some in wanted.items():
-        paths = (runs.record_path(out, key) for key in some)
-        page.write_experiment(name, [runs.read(path) for path in paths if path.exists()], out)
+    page.write_experiments(chosen, out)
     for name in commands.COMMANDS:
         if name in args.names and (until is None or time.time() < until):
             commands.COMMANDS[name](args.size, out, args.work)
-            page.write_experiment(name, [], out)
+            page.write_experiments([name], out)
     if "report" in args.names:
         page.write_report(out)
     left = len(workers.remaining(together, out))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from paper_harness.missing import dials, missing
-from paper_harness.records import PICK, Record, StoredRun, grouped, not_drawn, read_records, seeds_of
+from paper_harness.records import PICK, StoredRun, grouped, not_drawn, read_records, seeds_of
 from paper_harness.runs import EMBEDDING_SCALE
 from paper_harness.sections import (
     decode,
@@ -35,23 +35,24 @@ NAMES = (*OF_RUNS, "finetune", "decode")
 PAPER = "arXiv:2602.10408"
 
 
-def write_experiment(name: str, records: Sequence[Record], out: Path) -> None:
-    """Write ``<name>.csv``, ``<name>.md`` and, where there is something to draw, ``<name>.png``.
+def write_experiments(names: Iterable[str], out: Path) -> None:
+    """Write ``<name>.csv``, ``<name>.md`` and, where there is something to draw, ``<name>.png`` from what is stored.
 
     Args:
-        name: of ``NAMES``.
-        records: of the experiment's runs; ``finetune`` and ``decode`` have none, and are read from the files of
-            tools/smollm2 and `taperlit bench decode` beside ``out``.
+        names: of ``NAMES``. ``finetune`` and ``decode`` are read from the files of tools/smollm2 and `taperlit bench
+            decode` beside ``out``, the others from ``out/runs/*.json``.
         out: folder.
 
     Raises:
         TaperlitError: a file of results cannot be read.
     """
-    _write(_section(name, [StoredRun(record) for record in records], out), out)
+    runs = _stored(out)
+    for name in names:
+        _write(_section(name, runs, out), out)
 
 
 def write_report(out: Path) -> None:
-    """Write the files of every experiment anew from ``out/runs/*.json``, and ``README.md`` with all of them.
+    """Write the files of every experiment anew, and ``README.md`` with all of them.
 
     Args:
         out: folder.
@@ -59,8 +60,8 @@ def write_report(out: Path) -> None:
     Raises:
         TaperlitError: a file of results cannot be read.
     """
-    runs = [StoredRun(record) for record in read_records(out / "runs")]
-    sections = [_section(name, PICK[name](runs) if name in PICK else [], out) for name in NAMES]
+    runs = _stored(out)
+    sections = [_section(name, runs, out) for name in NAMES]
     texts = [_write(section, out) for section in sections]
     page = [
         *_head(sections),
@@ -71,11 +72,16 @@ def write_report(out: Path) -> None:
     (out / "README.md").write_text("\n".join(page) + "\n")
 
 
-def _section(name: str, runs: list[StoredRun], out: Path) -> Section:
+def _stored(out: Path) -> list[StoredRun]:
+    return [StoredRun(record) for record in read_records(out / "runs")]
+
+
+def _section(name: str, stored: list[StoredRun], out: Path) -> Section:
     if name == "finetune":
         return finetune.section(finetune.find(out))
     if name == "decode":
         return decode.section(decode.find(out))
+    runs = PICK[name](stored)
     if not runs:
         return Section(name, OF_RUNS[name]([]).title, ["No runs yet.", ""])
     return OF_RUNS[name](runs)
