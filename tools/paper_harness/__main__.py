@@ -40,7 +40,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="(default: the size's); schedule takes the first")
     parser.add_argument("--lengths", nargs="+", type=float, help="of length, ideas and ours, in tokens per parameter")
     parser.add_argument("--tokens-per-parameter", type=float, help="of pretrain, gradnorm, logit_chasing and ideas")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: the size's); short draws its own")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        help="peak learning rate (default: the size's); short draws its own, and the plain size of ours keeps its",
+    )
     parser.add_argument("--variants", nargs="+", choices=list(POLICIES), help="none but these, and the baseline")
     parser.add_argument(
         "--ideas", nargs="+", choices=list(IDEAS), help="of ideas (default: the size's) and short (default: none)"

@@ -29,7 +29,8 @@ class Options:
         seeds: of all but ``short``; ``schedule`` takes the first.
         lengths: of ``length``, ``ideas`` and ``ours``, in tokens per parameter.
         tokens_per_parameter: of ``pretrain`` and its views, and of ``ideas``.
-        lr: peak learning rate of all runs but the map of ``schedule``, which has multiples of it, and ``short``.
+        lr: peak learning rate of all runs but the map of ``schedule``, which has multiples of it, ``short``, and the
+            plain size in ``ours``, which keeps its own.
         variants: none but these, and the baseline.
         ideas: of ``ideas`` and ``short``, names in ``IDEAS``; None is the size's, and of ``short`` none.
     """
@@ -117,7 +118,7 @@ def ours(options: Options) -> list[Run]:
         if each == lengths[0]:
             found += [options.run(v, seed, each) for v in options.pick(PEERS)]
         if size.plain is not None:
-            found += [Run(size.plain, options.corpus, v, seed, each, options.lr) for v in variants]
+            found += [Run(size.plain, options.corpus, v, seed, each) for v in variants]
     return found
 
 
