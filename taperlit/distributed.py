@@ -12,10 +12,10 @@ from typing import TypeVar, cast
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
@@ -108,8 +108,21 @@ def keep_buffers_float32(trainer: L.Trainer) -> None:
         trainer.strategy.mixed_precision = dataclasses.replace(config, buffer_dtype=torch.float32)
 
 
+def reshard(trainer: L.Trainer) -> None:
+    """Let each process hold its own part of every parameter again.
+
+    After a pass without gradients, a validation's say, FSDP2 leaves those of the outermost module gathered. What is
+    written to them then is lost, and they are other objects than the optimizer's.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        for module in cast(nn.Module, trainer.strategy.model).modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def whole_parameters(trainer: L.Trainer) -> AbstractContextManager:
     """Parameters may be copied into each other here: FSDP1's parts of two of them need not match."""
+    reshard(trainer)
     if isinstance(trainer.strategy, FSDPStrategy):
         return FullyShardedDataParallel.summon_full_params(cast(nn.Module, trainer.strategy.model))
     return nullcontext()

@@ -471,7 +471,7 @@ class Transformer(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed(torch.arange(T, device=tokens.device))
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, self.rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, self.rope)

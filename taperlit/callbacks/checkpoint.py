@@ -17,6 +17,7 @@ from torch import Tensor
 from taperlit.checkpoint.atomic import recover
 from taperlit.checkpoint.background import host_copy
 from taperlit.distributed import gather
+from taperlit.errors import TaperlitError
 from taperlit.ranges import require_range
 from taperlit.training.lightning_compat import (
     CheckpointCallback,
@@ -68,7 +69,7 @@ class RunCheckpoint(CheckpointCallback):
 
     Example::
 
-        trainer = Trainer(max_steps=10_000, callbacks=[RunCheckpoint(every_n_train_steps=500)])
+        trainer = Trainer(max_steps=10_000, callbacks=[RunCheckpoint(minutes=5)])
         trainer.fit(module, datamodule, ckpt_path="last")  # begins, or goes on
 
     Args:
@@ -80,7 +81,7 @@ class RunCheckpoint(CheckpointCallback):
         **kwargs: ModelCheckpoint's others.
 
     Raises:
-        TaperlitError: ``minutes`` is not above 0.
+        TaperlitError: ``minutes`` is not above 0, or checkpoints between validations are asked for with a ``monitor``.
         Stopped: as above.
     """
 
@@ -94,6 +95,12 @@ class RunCheckpoint(CheckpointCallback):
         **kwargs: Any,
     ) -> None:
         require_range("RunCheckpoint.minutes", minutes, above=0, mend="null is never")
+        between = [name for name in ("every_n_train_steps", "train_time_interval") if kwargs.get(name)]
+        if monitor is not None and between:
+            raise TaperlitError(
+                f"RunCheckpoint.{between[0]} would keep the weights of one step under {monitor} of another: leave it "
+                "out (minutes= saves last.ckpt between validations), or give it a RunCheckpoint with monitor=None."
+            )
         super().__init__(
             filename=filename,
             monitor=monitor,

@@ -13,7 +13,7 @@ from torch import nn
 from taperlit.callbacks.drift import Drift
 from taperlit.callbacks.plan import forget_plan
 from taperlit.callbacks.stages import stages_of
-from taperlit.distributed import mean_over_ranks
+from taperlit.distributed import mean_over_ranks, reshard
 from taperlit.errors import TaperlitError
 from taperlit.norm import Gate, GatePlan, Phase, Stage, TaperNorm, shared_gate
 from taperlit.ranges import require_range, require_steps
@@ -211,6 +211,7 @@ class GateSchedule(L.Callback):
         """Check what only now is there in every strategy: the others' announcements, the optimizers, the weights."""
         if not self._gate.plan.alignment and not all(norm.frozen for norm in self._norms):
             raise TaperlitError("GateSchedule without AlignmentFreeze: add AlignmentFreeze() to the callbacks.")
+        reshard(trainer)  # of the sanity check
         if missing := missing_gains(pl_module, trainer.optimizers):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise TaperlitError(

@@ -1,11 +1,14 @@
 """What a resumed run's RunCheckpoint knows of the run before."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from toy import Toy, fit, same, state_of, trainer
 
 from taperlit import Trainer
 from taperlit.callbacks import RunCheckpoint
+from taperlit.errors import TaperlitError
 
 OPTIONS = dict(enable_checkpointing=True, limit_val_batches=1, val_check_interval=4, num_sanity_val_steps=0)
 
@@ -55,6 +58,15 @@ def test_a_trainer_that_goes_on_keeps_its_best(tmp_path):
     last = read(tmp_path / "last.ckpt")
     assert last["global_step"] == 20
     assert same(last["state_dict"], state_of(model))
+
+
+@pytest.mark.parametrize("between", [{"every_n_train_steps": 4}, {"train_time_interval": timedelta(minutes=1)}])
+def test_a_score_is_never_of_another_step_than_its_weights(between):
+    (name,) = between
+    words = rf"RunCheckpoint\.{name} would keep the weights of one step under val/loss of another.* with monitor=None"
+    with pytest.raises(TaperlitError, match=words):
+        RunCheckpoint(**between)
+    RunCheckpoint(monitor=None, **between)
 
 
 def test_a_second_fit_that_resumes_has_the_checkpoints_best(tmp_path):

@@ -93,6 +93,17 @@ def test_same_run(home, one, way):
     torch.testing.assert_close(other, target, rtol=1e-5, atol=0)
 
 
+def test_a_validation_right_before_the_boundary_changes_nothing(home):
+    """FSDP2 leaves the outermost module's parameters gathered after it, the final norm's among them."""
+    extra = ["--model.taper=all", "--trainer.enable_checkpointing=false", "--trainer.val_check_interval=8"]
+    one, two = (
+        scalars(go(home, f"validated by {ranks}", ranks, 4 // ranks, 1, [*extra, *more]))
+        for ranks, more in ((1, []), (2, ["--trainer.strategy", FSDP2]))
+    )
+    for tag in ("train/loss", "val/loss", "taper/pre_logit_rms"):
+        assert [v for _, v in two[tag]] == pytest.approx([v for _, v in one[tag]], rel=1e-5), tag
+
+
 @pytest.mark.parametrize(
     ("way", "precision"),
     [("ddp", "bf16-mixed"), ("ddp", "bf16-true"), ("fsdp2", "bf16-mixed"), ("tensor parallel", "bf16-true")],

@@ -159,6 +159,17 @@ def test_a_random_pass_counts_as_much_in_a_short_step(tmp_path, monkeypatch):
         torch.testing.assert_close(difference, torch.full_like(difference, share), rtol=1e-4, atol=1e-5)
 
 
+def test_random_tokens_go_with_activation_checkpointing(tmp_path):
+    def weights(on):
+        torch.manual_seed(0)
+        module = LanguageModel("small_1m", "internal", SHAPE, lr=0.01, warmup=0, activation_checkpointing=on)
+        callbacks = [GateSchedule(2, 4), AlignmentFreeze(), TailPenalty(random_every=1)]
+        trainer(tmp_path, steps=6, callbacks=callbacks).fit(module, blocks(24))
+        return module.state_dict()
+
+    torch.testing.assert_close(weights(True), weights(False), rtol=1e-5, atol=1e-6)
+
+
 def test_a_loss_that_is_not_finite_is_not_hidden(tmp_path):
     module = LanguageModel("small_1m", "none", SHAPE)
     module.configure_model()
