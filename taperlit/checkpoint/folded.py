@@ -244,7 +244,7 @@ def load_checkpoint(path: str | Path) -> LoadedModel[Transformer | CausalLM]:
         raise TaperlitError(f"{path} was replaced while it was read; load it again.")
     check_finite(model, str(path), "the run diverged before it was saved; use an earlier one")
     merge_lora(model)
-    return LoadedModel(model.eval(), tokenizer_json, sample, step=step)
+    return LoadedModel(model.eval(), tokenizer_json, sample, step=step if isinstance(step, int) else None)
 
 
 def origin_in(checkpoint: dict[str, Any]) -> Origin | None:

@@ -199,7 +199,7 @@ def _prepare_writers(path: str, checkpoint: dict[str, Any], config: Any) -> None
     """Let ``predict`` tell the checkpoint's step, and write beside it unless a path or a folder is given."""
     for callback in config.callbacks:
         if isinstance(callback, PredictionWriter):
-            callback.step = checkpoint["global_step"]
+            callback.step = checkpoint.get("global_step")
             if callback.path is None and config.default_root_dir is None:
                 file = Path(path)
                 callback.path = str(file.with_name(f"{file.stem}-predictions.jsonl"))

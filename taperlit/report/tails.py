@@ -110,7 +110,7 @@ def _blocks(path: Path) -> Iterator[tuple[int | None, list[float]]]:
                     block = json.loads(line.decode("utf-8"))
                     step = block.get("step")
                     yield None if step is None else int(step), [float(value) for value in block["logprobs"]]
-                except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
+                except (AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                     raise TaperlitError(f"{path}, line {number}, is no block of `taperlit predict`; {MEND}.") from error
     except OSError as error:
         raise cannot_be_read(path, error, MEND) from error

@@ -187,6 +187,10 @@ def test_what_was_made_at_an_earlier_step_says_so(tmp_path, report, tiny, step, 
     (run / "checkpoints/last-predictions.jsonl.1").write_text(json.dumps({**line, "step": 20}))
     page, _ = report(run)
     assert "are of different steps; run `taperlit predict` again." in page.words
+    for odd in ('{"logprobs": [-1.0], "step": Infinity}', '{"logprobs": [-1.0], "step": "x"}', "[]"):
+        (run / "checkpoints/last-predictions.jsonl.1").write_text(odd)
+        page, _ = report(run)
+        assert "line 1, is no block of `taperlit predict`" in page.words
 
 
 def test_measurements_in_the_folder_are_on_the_page(tmp_path, report):
